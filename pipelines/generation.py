@@ -1,0 +1,297 @@
+"""Generate videos: load, denoise, decode, write, and say how long each took.
+
+Heavy imports are inside the functions, so that a bad request is refused before they begin.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
+from sla_video.pipelines.generation_record import describe_video
+from sla_video.pipelines.generation_request import (
+    GenerationPlan,
+    GenerationRequest,
+    VideoPlan,
+    plan_generation,
+)
+from sla_video.pipelines.hub import hub_file, is_hub_id
+from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource
+from sla_video.pipelines.progress import NoProgress, Progress
+from sla_video.pipelines.video_files import (
+    OutputFolder,
+    check_video_writer,
+    sidecar_of,
+    write_video,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from sla_video.pipelines.handle import SLAHandle
+    from sla_video.pipelines.router_set import RouterSet
+
+logger = logging.getLogger("sla_video")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedVideo:
+    """A video that lies on disk.
+
+    Attributes:
+        path: the MP4 file.
+        sidecar: the JSON file with all settings.
+        seconds: of each stage: load, text, denoise, decode, write. "load" is shared by all videos
+            of one call and includes importing PyTorch and Diffusers.
+    """
+
+    path: Path
+    sidecar: Path
+    prompt: str
+    seed: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A pipeline on its device, patched unless the request was dense."""
+
+    pipe: Any
+    handle: SLAHandle | None
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float
+
+
+def generate(
+    request: GenerationRequest, *, progress: Progress | None = None
+) -> Iterator[GeneratedVideo]:
+    """Generate the videos of `request` one after another, and yield each once it is on disk.
+
+    Everything that can be checked without the weights is checked first. A video and its sidecar
+    appear together and complete, or not at all.
+
+    Raises:
+        InputError: anything the caller can mend: bad settings, files that cannot be read or
+            written, a device that is not there, too little memory.
+    """
+    progress = progress or NoProgress()
+    plan = plan_generation(request)
+    _warn_about_prompts(plan)
+    check_video_writer()
+    with ExitStack() as stack:
+        for folder in sorted({video.path.parent for video in plan.videos}):
+            stack.enter_context(OutputFolder(folder))
+        stack.callback(progress.close)
+        loaded = _load(request, plan, progress)
+        for index, video in enumerate(plan.videos):
+            count = f" {index + 1}/{len(plan.videos)}" if len(plan.videos) > 1 else ""
+            result = _make_video(request, plan, video, loaded, progress, count)
+            progress.close()
+            yield result
+
+
+def _warn_about_prompts(plan: GenerationPlan) -> None:
+    """The embedded model knows a small world only: say so where a prompt leaves it."""
+    if plan.source.name != EMBEDDED_MODEL:
+        return
+    from sla_video.pipelines.tiny_wan.grammar import check_prompt
+
+    for prompt in dict.fromkeys(video.prompt for video in plan.videos):
+        warning = check_prompt(prompt)
+        if warning:
+            logger.warning("%s", warning)
+
+
+def _load(request: GenerationRequest, plan: GenerationPlan, progress: Progress) -> _Loaded:
+    start = time.perf_counter()
+    progress.stage(f"loading {plan.source.name}")
+    from sla_video.pipelines.loading import download, find_device, find_dtype, load_pipeline
+
+    device = find_device(request.device)
+    dtype = find_dtype(request.dtype, device)
+    if request.offload and device.type == "cpu":
+        raise InputError("`offload` moves idle parts from a GPU to host memory: it needs a GPU")
+    routers = None if plan.routers is None else _read_routers(plan.routers, plan.source)
+    folder = plan.source.folder
+    if folder is None:
+        progress.close()  # a download shows bars of its own
+        folder = download(plan.source.name)
+        progress.stage(f"loading {plan.source.name}")
+    pipe = load_pipeline(folder, device=device, dtype=dtype, offload=request.offload)
+    handle = None if plan.dense else _enable(pipe, routers, plan.sparsity)
+    seconds = time.perf_counter() - start
+    return _Loaded(pipe=pipe, handle=handle, device=device, dtype=dtype, seconds=seconds)
+
+
+def _read_routers(name: str, source: ModelSource) -> RouterSet:
+    """Read routers, and refuse those of another model before that model's weights are loaded."""
+    from sla_video.pipelines.router_files import DESCRIPTION_FILE, load_routers
+
+    if not Path(name).expanduser().exists() and is_hub_id(name):
+        hub_file(name, DESCRIPTION_FILE)  # fails at once where there is no network
+    routers = load_routers(name)
+    made_for = routers.models.get("transformer")
+    config = source.transformer_config
+    different = [
+        f"{field}: {value} / {config[field]}"
+        for field, value in (made_for.fields if made_for else {}).items()
+        if field in config and config[field] != value
+    ]
+    if different:
+        raise InputError(
+            f"the routers in {name} were made for {made_for}, not for {source.name}; "
+            f"they differ in {', '.join(different)}"
+        )
+    return routers
+
+
+def _enable(pipe: Any, routers: RouterSet | None, sparsity: float | None) -> SLAHandle:
+    from sla_video.pipelines.patching import enable_sla
+
+    try:
+        return enable_sla(pipe, routers, sparsity=sparsity)
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(one_line(error)) from error
+
+
+def _make_video(
+    request: GenerationRequest,
+    plan: GenerationPlan,
+    video: VideoPlan,
+    loaded: _Loaded,
+    progress: Progress,
+    count: str,
+) -> GeneratedVideo:
+    seconds = {"load": loaded.seconds}
+    if loaded.handle is not None:
+        loaded.handle.reset_stats()
+    try:
+        frames = _denoise(plan, video, loaded, progress, count, seconds)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise InputError(_memory_advice(request, plan, loaded)) from error
+        raise
+    progress.stage(f"writing{count}")
+    start = time.perf_counter()
+
+    def sidecar() -> dict[str, Any]:
+        seconds["write"] = time.perf_counter() - start
+        return describe_video(
+            request,
+            plan,
+            video,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            handle=loaded.handle,
+            seconds=seconds,
+        )
+
+    write_video(video.path, frames, plan.fps, sidecar)
+    return GeneratedVideo(
+        path=video.path,
+        sidecar=sidecar_of(video.path),
+        prompt=video.prompt,
+        seed=video.seed,
+        seconds=seconds,
+    )
+
+
+def _denoise(
+    plan: GenerationPlan,
+    video: VideoPlan,
+    loaded: _Loaded,
+    progress: Progress,
+    count: str,
+    seconds: dict[str, float],
+) -> np.ndarray[Any, Any]:
+    """Run the pipeline. Returns `[F, H, W, 3]` uint8, and adds the stages' times to `seconds`."""
+    import numpy as np
+    import torch
+
+    pipe = loaded.pipe
+    lap = _lap_timer(loaded.device)
+    guided = plan.guidance_scale > 1
+    with torch.no_grad():
+        progress.stage(f"reading the prompt{count}")
+        # Encoded apart from the rest, only so that its time is known.
+        embeds, negative_embeds = pipe.encode_prompt(
+            prompt=video.prompt,
+            negative_prompt=plan.negative_prompt,
+            do_classifier_free_guidance=guided,
+            max_sequence_length=plan.max_sequence_length,
+            device=pipe._execution_device,
+        )
+        seconds["text"] = lap()
+        progress.stage(f"denoising{count}", plan.steps)
+        done = 0
+
+        def on_step_end(_pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> Any:
+            nonlocal done
+            done += 1
+            progress.advance()
+            if done == pipe.num_timesteps:
+                seconds["denoise"] = lap()
+                progress.stage(f"decoding{count}")
+            return values
+
+        images = pipe(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative_embeds,
+            num_frames=plan.frames,
+            height=plan.height,
+            width=plan.width,
+            num_inference_steps=plan.steps,
+            guidance_scale=plan.guidance_scale,
+            max_sequence_length=plan.max_sequence_length,
+            # Noise from the CPU's generator is the same whatever the device.
+            generator=torch.Generator("cpu").manual_seed(video.seed),
+            output_type="np",
+            callback_on_step_end=on_step_end,
+        ).frames[0]
+    if not np.isfinite(images).all():
+        raise InputError(
+            f"the model produced values that are not numbers in {loaded.dtype}: use --dtype fp32"
+        )
+    frames: np.ndarray[Any, Any] = (images * 255).round().astype(np.uint8)
+    seconds["decode"] = lap()
+    return frames
+
+
+def _lap_timer(device: torch.device) -> Callable[[], float]:
+    """A function that returns the seconds since it was last called, queued GPU work included."""
+    import torch
+
+    last = time.perf_counter()
+
+    def lap() -> float:
+        nonlocal last
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        elapsed, last = now - last, now
+        return elapsed
+
+    return lap
+
+
+def _memory_advice(request: GenerationRequest, plan: GenerationPlan, loaded: _Loaded) -> str:
+    options = []
+    if loaded.device.type != "cpu" and not request.offload:
+        options.append("--offload")
+    if loaded.device.type != "cpu" and request.dtype == "fp32":
+        options.append("--dtype bf16")
+    if plan.dense:
+        options.append("sparse attention (no --dense)")
+    options += ["fewer --frames", "a smaller --height and --width"]
+    return (
+        f"out of memory on {loaded.device} at {plan.frames} frames of {plan.height}x{plan.width}; "
+        f"try {', '.join(options[:-1])} or {options[-1]}"
+    )

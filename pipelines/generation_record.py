@@ -1,0 +1,60 @@
+"""The JSON sidecar of a video: everything needed to make it again, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sla_video.pipelines.environment import device_name, versions
+from sla_video.pipelines.generation_request import (
+    GenerationPlan,
+    GenerationRequest,
+    VideoPlan,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from sla_video.pipelines.handle import SLAHandle
+
+
+def describe_video(
+    request: GenerationRequest,
+    plan: GenerationPlan,
+    video: VideoPlan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    handle: SLAHandle | None,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """What the sidecar of `video` holds, as JSON can hold it.
+
+    Args:
+        handle: `None` if attention was dense.
+        seconds: stage -> seconds.
+    """
+    settings = settings_of(request, plan)
+    settings |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "prompt": video.prompt,
+        "seed": video.seed,
+        "settings": settings,
+        "attention": _describe_attention(handle),
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "device_name": device_name(device),
+        "versions": versions(),
+    }
+
+
+def _describe_attention(handle: SLAHandle | None) -> dict[str, Any]:
+    if handle is None:
+        return {"kind": "dense"}
+    stats = handle.stats()
+    return {
+        "kind": "sla2",
+        "achieved_sparsity": stats.sparsity,
+        "config": handle.config.to_dict(),
+        "layers": [dict(vars(layer)) for layer in stats.layers],
+    }

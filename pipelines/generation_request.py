@@ -1,0 +1,205 @@
+"""What to generate: the caller's settings, checked, and completed with the model's defaults.
+
+Nothing in this file imports torch or diffusers: a bad setting is refused at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from sla_video.config import SLAConfig
+from sla_video.pipelines.errors import InputError
+from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource, find_model
+from sla_video.pipelines.video_files import plan_outputs
+
+_MAX_SEED = 2**63 - 1
+_MAX_STEPS = 1000  # noise levels that Wan's schedulers know
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """Settings of `generate`. `None` means the model's own default.
+
+    Attributes:
+        prompts: one video, or `num_videos`, of each.
+        model: "tiny-wan", a local folder or a hub id.
+        routers: a folder or hub id of trained routers; `None` is the training-free mode.
+        sparsity: share of the key blocks left to the linear branch, in [0, 1).
+        dense: keep the model's own full attention.
+        steps: denoising steps.
+        guidance_scale: weight of the prompt; 1 or less turns classifier-free guidance off.
+        negative_prompt: what to move away from, with guidance.
+        frames, height, width: of the video, in frames and pixels.
+        fps: frames a second.
+        seed: of the first video; the one at index i uses `seed + i`. `None` draws one, after
+            which `seed` holds it.
+        num_videos: videos of each prompt.
+        device: "cpu", "cuda", "cuda:N" or "mps"; `None` takes a GPU if there is one.
+        dtype: "fp32", "bf16" or "fp16"; `None` takes fp32 on a CPU and bf16 elsewhere.
+        offload: keep idle components in host memory.
+        out: a file that ends in .mp4, or a folder; `None` is the current folder.
+        overwrite: replace a file that exists.
+
+    Raises:
+        InputError: a setting out of range, or two that contradict each other.
+    """
+
+    prompts: tuple[str, ...]
+    model: str = EMBEDDED_MODEL
+    routers: str | None = None
+    sparsity: float | None = None
+    dense: bool = False
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    seed: int | None = None
+    num_videos: int = 1
+    device: str | None = None
+    dtype: str | None = None
+    offload: bool = False
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError('no prompt given: for instance "a red circle moves left"')
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise InputError("`prompt` is empty: say what the video should show")
+        if self.dense and (self.routers is not None or self.sparsity is not None):
+            given = "routers" if self.routers is not None else "sparsity"
+            raise InputError(f"`dense` is full attention and takes no `{given}`: leave one out")
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        _check_whole("steps", self.steps, 1, _MAX_STEPS)
+        _check_whole("frames", self.frames, 1)
+        _check_whole("height", self.height, 1)
+        _check_whole("width", self.width, 1)
+        _check_whole("num_videos", self.num_videos, 1)
+        count = len(self.prompts) * self.num_videos
+        _check_whole("seed", self.seed, 0, _MAX_SEED - count)
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(2**31))
+        scale, fps = self.guidance_scale, self.fps
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise InputError(f"`guidance_scale` must be a number of at least 0, got {scale}")
+        if fps is not None and not 0 < fps <= 240:
+            raise InputError(f"`fps` must be above 0 and at most 240, got {fps}")
+
+
+def check_sparsity(value: float) -> None:
+    """Raise `InputError` unless `value` is in [0, 1)."""
+    try:
+        SLAConfig(sparsity=value)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def _check_whole(name: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is None:
+        return
+    if value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"`{name}` must be {limit}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPlan:
+    """One video to make: its prompt, its seed and its file."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationPlan:
+    """A request that has passed every check that needs no weights, with all defaults filled in.
+
+    Attributes:
+        sparsity: `None` with dense attention, or to use the sparsity the routers were trained for.
+    """
+
+    source: ModelSource
+    videos: tuple[VideoPlan, ...]
+    routers: str | None
+    dense: bool
+    sparsity: float | None
+    steps: int
+    guidance_scale: float
+    negative_prompt: str | None
+    frames: int
+    height: int
+    width: int
+    fps: float
+    max_sequence_length: int
+
+
+def plan_generation(request: GenerationRequest) -> GenerationPlan:
+    """Find the model and check the request against it.
+
+    Raises:
+        InputError: no such model, sizes that it cannot make, or an output that is taken.
+    """
+    source = find_model(request.model)
+    defaults = source.defaults
+    values = {
+        field: getattr(defaults if getattr(request, field) is None else request, field)
+        for field in ("steps", "guidance_scale", "frames", "height", "width", "fps", "sparsity")
+    }
+    source.geometry.check(values["frames"], values["height"], values["width"])
+    if request.dense or (request.routers is not None and request.sparsity is None):
+        values["sparsity"] = None
+    else:
+        check_sparsity(values["sparsity"])
+    prompts = [" ".join(p.split()) for p in request.prompts for _ in range(request.num_videos)]
+    assert request.seed is not None  # drawn in __post_init__
+    seeds = [request.seed + index for index in range(len(prompts))]
+    paths = plan_outputs(request.out, prompts, seeds, overwrite=request.overwrite)
+    return GenerationPlan(
+        source=source,
+        videos=tuple(
+            VideoPlan(prompt=prompt, seed=seed, path=path)
+            for prompt, seed, path in zip(prompts, seeds, paths, strict=True)
+        ),
+        routers=request.routers,
+        dense=request.dense,
+        negative_prompt=request.negative_prompt,
+        max_sequence_length=defaults.max_sequence_length,
+        **values,
+    )
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; empty lines are skipped.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 text or holds no prompt.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read prompts from {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read prompts from {path}: it is not UTF-8 text") from error
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise InputError(f"{path} holds no prompts: write one a line")
+    return prompts
+
+
+def settings_of(request: GenerationRequest, plan: GenerationPlan) -> dict[str, object]:
+    """Every setting as used, as JSON can hold it; seed and prompt are those of single videos."""
+    settings = {
+        field.name: getattr(plan, field.name, getattr(request, field.name))
+        for field in dataclasses.fields(request)
+        if field.name not in ("prompts", "seed", "out")
+    }
+    return {**settings, "max_sequence_length": plan.max_sequence_length}

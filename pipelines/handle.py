@@ -1,0 +1,250 @@
+"""What `enable_sla` gives back, and the record of what it changed in one transformer."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sla_video.config import SLAConfig
+from sla_video.kernels.router import Router
+from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
+from sla_video.pipelines.router_set import ModelIdentity, RouterSet
+from sla_video.pipelines.stats import SLAStats
+
+logger = logging.getLogger("sla_video")
+
+# Where the record of a patch lies on the transformer.
+_PATCH_ATTRIBUTE = "_sla_patch"
+
+
+class FirstStepsDense:
+    """Forward pre-hook of a transformer: dense attention in the first denoising steps.
+
+    Asks the scheduler of the pipeline, which counts on the host, so nothing waits for the device.
+    Before its first step a scheduler's counter is None, since `set_timesteps` resets it. Two
+    transformers of one pipeline share the counter. The pipeline is held weakly: it holds us.
+    """
+
+    def __init__(self, pipe: Any, steps: int, switch: DenseSwitch) -> None:
+        if not hasattr(pipe.scheduler, "step_index"):
+            raise ValueError(
+                "`dense_steps` needs a scheduler that counts its steps, got "
+                f"{type(pipe.scheduler).__name__}: use another scheduler, or dense_steps=0"
+            )
+        self._pipe = weakref.ref(pipe)
+        self._steps = steps
+        self._switch = switch
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        pipe = self._pipe()
+        if pipe is None:
+            raise RuntimeError(
+                "`dense_steps` are counted by the scheduler of the patched pipeline, which is "
+                "gone: keep the pipeline, or call `disable_sla` on the transformer"
+            )
+        scheduler = pipe.scheduler
+        index = scheduler.step_index
+        # Video to video begins in the middle of the schedule.
+        step = 0 if index is None else index - (scheduler.begin_index or 0)
+        self._switch.first_steps = step < self._steps
+
+
+class TransformerPatch:
+    """The patch of one transformer: its processors, by the name of their attention module.
+
+    Kept on the transformer itself, so that a copy of the transformer takes it along.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], switch: DenseSwitch) -> None:
+        self.layers = dict(layers)
+        self.switch = switch
+        self.processors: dict[str, SLAAttnProcessor] = {}
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    @staticmethod
+    def of(transformer: nn.Module) -> TransformerPatch | None:
+        """The patch that `transformer` carries, if any."""
+        patch = transformer.__dict__.get(_PATCH_ATTRIBUTE)
+        return patch if isinstance(patch, TransformerPatch) else None
+
+    def install(
+        self,
+        transformer: nn.Module,
+        processors: Mapping[str, SLAAttnProcessor],
+        hook: FirstStepsDense | None,
+    ) -> None:
+        """Put the processors in place. Everything that can fail has to be checked before."""
+        self.processors = dict(processors)
+        for name, processor in self.processors.items():
+            self.layers[name].set_processor(processor)  # type: ignore[operator]
+        if hook is not None:
+            self._hook = transformer.register_forward_pre_hook(hook)
+        setattr(transformer, _PATCH_ATTRIBUTE, self)
+
+    def remove(self, transformer: nn.Module) -> None:
+        """Put the very same original processors back."""
+        for name, processor in self.processors.items():
+            layer: Any = self.layers[name]
+            if layer.processor is processor:
+                # Not `set_processor`, which would announce that trained weights are lost.
+                del layer.processor
+                layer.processor = processor.original
+            else:
+                logger.warning(
+                    "%s has been given another processor since `enable_sla`: it keeps that", name
+                )
+        if self._hook is not None:
+            self._hook.remove()
+        delattr(transformer, _PATCH_ATTRIBUTE)
+
+
+class SLAHandle:
+    """SLA attention as enabled in a pipeline or a transformer. Made by `enable_sla`.
+
+    As a context manager it removes itself at the end of the block.
+
+    Attributes:
+        config: the settings in use.
+    """
+
+    def __init__(
+        self,
+        transformers: Mapping[str, nn.Module],
+        identities: Mapping[str, ModelIdentity],
+        config: SLAConfig,
+    ) -> None:
+        self.config = config
+        self._transformers = dict(transformers)
+        self._identities = dict(identities)
+        self._patches = {
+            component: patch
+            for component, transformer in transformers.items()
+            if (patch := TransformerPatch.of(transformer)) is not None
+        }
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is still in place, in one transformer at least."""
+        return bool(self._in_place())
+
+    def _in_place(self) -> dict[str, nn.Module]:
+        return {
+            component: transformer
+            for component, transformer in self._transformers.items()
+            if TransformerPatch.of(transformer) is self._patches[component]
+        }
+
+    @property
+    def processors(self) -> dict[str, SLAAttnProcessor]:
+        """The processors by name, for instance "transformer.blocks.0.attn1"."""
+        return {
+            f"{component}.{name}": processor
+            for component, patch in self._patches.items()
+            for name, processor in patch.processors.items()
+        }
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        """The routers of all layers that are not dense, by the names of `processors`.
+
+        They are in none of the transformer's `parameters()`: give these to the optimizer, and, for
+        data parallelism, to the module that is wrapped.
+        """
+        return {
+            name: processor.router
+            for name, processor in self.processors.items()
+            if processor.router is not None
+        }
+
+    def router_set(
+        self,
+        *,
+        resolution: tuple[int, int, int] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> RouterSet:
+        """A copy of the routers with all that `save_routers` writes of them.
+
+        Args:
+            resolution: (frames, height, width) in pixels that the routers were trained at.
+            metrics: anything that JSON can hold.
+        """
+        return RouterSet.snapshot(
+            self.routers,
+            config=self.config,
+            models=self._identities,
+            resolution=resolution,
+            metrics=metrics,
+        )
+
+    def stats(self) -> SLAStats:
+        """What each layer did since it was patched or since `reset_stats`. Waits for the device."""
+        return SLAStats(
+            layers=tuple(
+                processor.recorder.read(name) for name, processor in self.processors.items()
+            )
+        )
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        for processor in self.processors.values():
+            processor.recorder.reset()
+
+    @contextmanager
+    def recording(self, *, exact_recall: bool = False) -> Iterator[SLAHandle]:
+        """Within the block, record the recall as the routers estimate it.
+
+        Args:
+            exact_recall: also the true recall, at the price of full attention scores.
+        """
+        recorders = [processor.recorder for processor in self.processors.values()]
+        before = [(recorder.router_recall, recorder.recall) for recorder in recorders]
+        for recorder in recorders:
+            recorder.router_recall, recorder.recall = True, exact_recall
+        try:
+            yield self
+        finally:
+            for recorder, (router_recall, recall) in zip(recorders, before, strict=True):
+                recorder.router_recall, recorder.recall = router_recall, recall
+
+    @contextmanager
+    def dense(self) -> Iterator[SLAHandle]:
+        """Within the block all layers run Diffusers' own attention, for instance as a teacher."""
+        with ExitStack() as stack:
+            for patch in self._patches.values():
+                stack.enter_context(patch.switch.forced())
+            yield self
+
+    def remove(self) -> None:
+        """Put the original processors back. The routers stay readable in this handle.
+
+        Raises:
+            ValueError: the patch is not in place any more.
+        """
+        if not self.active:
+            raise ValueError("SLA attention has already been removed from this model")
+        for component, transformer in self._in_place().items():
+            self._patches[component].remove(transformer)
+
+    def __enter__(self) -> SLAHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.active:
+            self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"SLAHandle({', '.join(self._transformers)}: {len(self.processors)} layers, {state})"

@@ -1,0 +1,284 @@
+"""Put SLA attention into a Diffusers pipeline, and take it out again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from sla_video.config import Implementation, SLAConfig, SparseDtype
+from sla_video.kernels.api import available_implementations
+from sla_video.kernels.router import Router
+from sla_video.pipelines.handle import FirstStepsDense, SLAHandle, TransformerPatch
+from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
+from sla_video.pipelines.router_files import load_routers
+from sla_video.pipelines.router_set import ModelIdentity, RouterSet
+
+logger = logging.getLogger("sla_video")
+
+_COMPONENTS = ("transformer", "transformer_2")
+_SUPPORTED = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+_BLOCK_LISTS = ("blocks", "vace_blocks")
+# Settings that routers are trained for: other values would make them choose worse in silence.
+_TRAINED_SETTINGS = (
+    "block_q",
+    "block_k",
+    "alpha",
+    "num_query_blocks",
+    "router_per_head",
+    "phi_k",
+)
+
+
+def enable_sla(
+    pipe_or_transformer: Any,
+    routers: str | os.PathLike[str] | RouterSet | None = None,
+    *,
+    sparsity: float | Sequence[float] | Mapping[int, float] | None = None,
+    dense_layers: Sequence[int] | None = None,
+    dense_steps: int | None = None,
+    sparse_dtype: SparseDtype | None = None,
+    impl: Implementation | None = None,
+    config: SLAConfig | None = None,
+    component: str = "transformer",
+) -> SLAHandle:
+    """Replace the self-attention of a Wan pipeline or transformer by SLA2.
+
+    Only the given instances are changed. Cross-attention stays as it is. In a pipeline both
+    `transformer` and `transformer_2` are patched.
+
+    Args:
+        pipe_or_transformer: a Diffusers Wan pipeline, or one of its transformers.
+        routers: a folder of `save_routers`, a hub id, or what `load_routers` returned. None is the
+            training-free mode.
+        sparsity: share of the key blocks left to the linear branch, in [0, 1): one for all layers,
+            one for each, or layer -> sparsity for those that differ from `config.sparsity`.
+        dense_layers: layers that keep Diffusers' attention; -1 is the last.
+        dense_steps: how many of the first denoising steps keep Diffusers' attention, as the
+            scheduler of the pipeline counts them. Needs a pipeline.
+        sparse_dtype: number format of the sparse branch.
+        impl: implementation of the operator. "auto" says at INFO which it took.
+        config: all settings at once. Default: those of `routers`, else `SLAConfig()`. The
+            arguments above replace single fields of it.
+        component: for a bare transformer, which of the pipeline's it is, when `routers` hold two.
+
+    Returns:
+        The handle that removes the patch and reads its statistics.
+
+    Raises:
+        TypeError: neither a pipeline with a supported transformer nor such a transformer.
+        ValueError: already enabled, a setting out of range, routers of another model or trained
+            with other blocks, or context parallelism in use.
+    """
+    transformers = _find_transformers(pipe_or_transformer, component)
+    for name, transformer in transformers.items():
+        _check_patchable(name, transformer)
+    router_set = routers if isinstance(routers, RouterSet) or routers is None else None
+    if routers is not None and router_set is None:
+        if not isinstance(routers, (str, os.PathLike)):
+            raise TypeError(
+                "`routers` must be a folder, a hub id, what `load_routers` returned, or None, "
+                f"got a {type(routers).__name__}"
+            )
+        router_set = load_routers(routers)
+
+    settings = config or (router_set.config if router_set is not None else SLAConfig())
+    changes: dict[str, Any] = {
+        "dense_layers": dense_layers,
+        "dense_steps": dense_steps,
+        "sparse_dtype": sparse_dtype,
+        "impl": impl,
+        **_sparsity_fields(sparsity),
+    }
+    settings = settings.replace(**{k: v for k, v in changes.items() if v is not None})
+    if router_set is not None:
+        _check_trained_settings(router_set.config, settings)
+    available = available_implementations().get(settings.impl, "available")
+    if available != "available":
+        raise ValueError(f"impl={settings.impl!r} cannot run here: {available}")
+
+    # Everything is built before anything is changed, so that an error leaves the model alone.
+    pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
+    if settings.dense_steps and pipe is None:
+        raise ValueError(
+            f"`dense_steps`={settings.dense_steps} needs the pipeline, whose scheduler counts the "
+            "steps: pass the pipeline, or wrap the first calls in `with handle.dense():`"
+        )
+    prepared = []
+    identities = {}
+    for name, transformer in transformers.items():
+        identities[name] = ModelIdentity.of(transformer)
+        if router_set is not None:
+            router_set.check_fits(name, identities[name])
+        layers = _self_attention_layers(transformer)
+        if isinstance(sparsity, Sequence) and len(sparsity) != len(layers):
+            raise ValueError(
+                f"`sparsity` must hold one value for each of the {len(layers)} layers of "
+                f"{name!r}, got {len(sparsity)}"
+            )
+        switch = DenseSwitch()
+        processors = _make_processors(name, layers, settings, router_set, switch)
+        hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
+        prepared.append((transformer, TransformerPatch(layers, switch), processors, hook))
+    for transformer, patch, processors, hook in prepared:
+        patch.install(transformer, processors, hook)
+    return SLAHandle(transformers, identities, settings)
+
+
+def disable_sla(pipe_or_transformer: Any) -> None:
+    """Put the original attention processors back: the very same objects, so the same outputs.
+
+    Raises:
+        TypeError: neither a pipeline with a supported transformer nor such a transformer.
+        ValueError: SLA attention is not enabled there.
+    """
+    patched = [
+        (transformer, patch)
+        for transformer in _find_transformers(pipe_or_transformer, "transformer").values()
+        if (patch := TransformerPatch.of(transformer)) is not None
+    ]
+    if not patched:
+        raise ValueError(
+            f"SLA attention is not enabled in this {type(pipe_or_transformer).__name__}: "
+            "there is nothing to disable"
+        )
+    for transformer, patch in patched:
+        patch.remove(transformer)
+
+
+def _find_transformers(model: Any, component: str) -> dict[str, nn.Module]:
+    """The transformers by the name of their component; TypeError unless all are supported."""
+    if isinstance(model, nn.Module):
+        if component not in _COMPONENTS:
+            raise ValueError(f"`component` must be one of {_COMPONENTS}, got {component!r}")
+        found = {component: model}
+    else:
+        found = {
+            name: transformer
+            for name in _COMPONENTS
+            if (transformer := getattr(model, name, None)) is not None
+        }
+    # `torch.compile(transformer)` wraps it.
+    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
+    wrong = {name: type(m).__name__ for name, m in found.items() if not _is_supported(m)}
+    if not found or wrong:
+        holds = "".join(f" with a {name} {kind}" for name, kind in wrong.items() if kind) or (
+            " without a transformer"
+        )
+        got = type(model).__name__ + ("" if isinstance(model, nn.Module) else holds)
+        raise TypeError(
+            f"SLA attention supports Diffusers pipelines with a {' or '.join(_SUPPORTED)}, and "
+            f"these transformers themselves; got {got}"
+        )
+    return found
+
+
+def _is_supported(transformer: object) -> bool:
+    import diffusers
+
+    return isinstance(transformer, tuple(getattr(diffusers, name) for name in _SUPPORTED))
+
+
+def _self_attention_layers(transformer: nn.Module) -> dict[str, Any]:
+    """ "blocks.0.attn1" -> module, over all blocks and then all control blocks."""
+    return {
+        f"{blocks}.{index}.attn1": block.attn1
+        for blocks in _BLOCK_LISTS
+        for index, block in enumerate(getattr(transformer, blocks, ()))
+    }
+
+
+def _check_patchable(name: str, transformer: nn.Module) -> None:
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    if TransformerPatch.of(transformer) is not None:
+        raise ValueError(
+            f"SLA attention is already enabled in {name!r}: call `disable_sla` (or the handle's "
+            "`remove`) before enabling it anew"
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"{name!r} runs in parallel over several devices (`enable_parallelism`), and SLA "
+            "attention needs all tokens on one: load the model without it"
+        )
+    for layer_name, layer in _self_attention_layers(transformer).items():
+        processor = layer.processor
+        if type(processor) is not WanAttnProcessor:
+            raise ValueError(
+                f"{name}.{layer_name} has the processor {type(processor).__name__}, and SLA "
+                "attention would drop what it adds: put WanAttnProcessor back first"
+            )
+        if processor._parallel_config is not None:
+            raise ValueError(
+                f"{name}.{layer_name} is set up for context parallelism, and SLA attention needs "
+                "all tokens on one device: load the model without it"
+            )
+
+
+def _sparsity_fields(
+    sparsity: float | Sequence[float] | Mapping[int, float] | None,
+) -> dict[str, Any]:
+    if isinstance(sparsity, Mapping):
+        return {"layer_sparsity": sparsity}
+    if isinstance(sparsity, Sequence) and not isinstance(sparsity, str):
+        return {"layer_sparsity": dict(enumerate(sparsity))}
+    # One number for all layers takes back what the settings say of single ones.
+    return {} if sparsity is None else {"sparsity": sparsity, "layer_sparsity": {}}
+
+
+def _check_trained_settings(trained: SLAConfig, settings: SLAConfig) -> None:
+    different = [
+        f"{name} {getattr(trained, name)!r} against {getattr(settings, name)!r} here"
+        for name in _TRAINED_SETTINGS
+        if getattr(trained, name) != getattr(settings, name)
+    ]
+    if different:
+        raise ValueError(
+            f"these routers were trained with other settings: {', '.join(different)}; "
+            "use the trained ones, or train routers for yours"
+        )
+
+
+def _make_processors(
+    component: str,
+    layers: Mapping[str, Any],
+    settings: SLAConfig,
+    router_set: RouterSet | None,
+    switch: DenseSwitch,
+) -> dict[str, SLAAttnProcessor]:
+    plan = settings.layer_plan(len(layers))
+    processors = {}
+    for (name, layer), sparsity in zip(layers.items(), plan, strict=True):
+        router = None
+        if sparsity is not None:
+            router = _make_router(f"{component}.{name}", layer, settings, router_set)
+        processors[name] = SLAAttnProcessor(
+            layer.processor, router, settings, sparsity=sparsity, switch=switch
+        )
+    return processors
+
+
+def _make_router(
+    name: str, layer: Any, settings: SLAConfig, router_set: RouterSet | None
+) -> Router:
+    if router_set is None:
+        router = Router(
+            layer.heads,
+            layer.inner_dim // layer.heads,
+            per_head=settings.router_per_head,
+            alpha=settings.alpha,
+            num_query_blocks=settings.num_query_blocks,
+        )
+    elif name in router_set.routers:
+        router = copy.deepcopy(router_set.routers[name])
+    else:
+        raise ValueError(
+            f"there is no router for {name}: it was dense in training; "
+            "name it in `dense_layers`, or train routers for all layers"
+        )
+    weight = layer.to_out[0].weight
+    return router if weight.is_meta else router.to(weight.device)

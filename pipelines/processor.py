@@ -1,0 +1,283 @@
+"""SLA2 as an attention processor of Diffusers' Wan self-attention.
+
+Follows `diffusers.models.transformers.transformer_wan.WanAttnProcessor` step by step: projections
+(fused or not), RMSNorm over all heads, head split, rotary embedding, attention, output projection.
+Only the attention itself differs. Letters: B batch, H heads, L tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from sla_video.config import SLAConfig
+from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
+from sla_video.kernels.router import Router
+from sla_video.kernels.routing import num_blocks
+from sla_video.pipelines.stats import LayerRecorder, router_estimate
+
+logger = logging.getLogger("sla_video")
+
+
+class DenseSwitch:
+    """Shared by the processors of one transformer: whether all of them run dense just now."""
+
+    def __init__(self) -> None:
+        self.first_steps = False
+        self.warned_of_mask = False
+        self._forced = 0
+
+    @property
+    def dense(self) -> bool:
+        """Set by the denoising step, or by `forced`."""
+        return self.first_steps or self._forced > 0
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        """Dense within the block; blocks may be nested."""
+        self._forced += 1
+        try:
+            yield
+        finally:
+            self._forced -= 1
+
+
+class SLAAttnProcessor(nn.Module):
+    """Replaces the processor of one `attn1`; everything that is not SLA2 goes to `original`.
+
+    The router is deliberately not a submodule. So it is in none of the transformer's
+    `parameters()` and `state_dict()`: `add_adapter` and `requires_grad_(False)` do not freeze it,
+    `save_pretrained` writes a checkpoint that stock Diffusers reads, and offloading hooks do not
+    take its weights away. It follows the transformer to other devices, but never to another dtype.
+
+    Args:
+        original: the stock processor, used for dense calls and put back afterwards.
+        router: learned parameters of the layer; unused when `sparsity` is None.
+        config: settings of the operator.
+        sparsity: of this layer, None for a layer that stays dense.
+        switch: shared by the layers of one transformer.
+    """
+
+    def __init__(
+        self,
+        original: Any,
+        router: Router | None,
+        config: SLAConfig,
+        *,
+        sparsity: float | None,
+        switch: DenseSwitch,
+    ) -> None:
+        super().__init__()
+        if router is None and sparsity is not None:
+            raise ValueError("a layer that is not dense needs a router")
+        self.original = original
+        # A tuple hides the module from `nn.Module.__setattr__`, which would register it.
+        self._held_router = (router,)
+        self.sparsity = sparsity
+        self.switch = switch
+        self.recorder = LayerRecorder()
+        self._impl = config.impl
+        self._options: dict[str, Any] = {
+            "block_q": config.block_q,
+            "block_k": config.block_k,
+            "sparse_dtype": config.sparse_dtype,
+            "phi_k": config.phi_k,
+            "selection": config.selection,
+            "top_p": config.top_p,
+            "min_selected": config.min_selected,
+            "max_selected": config.max_selected,
+        }
+
+    @property
+    def router(self) -> Router | None:
+        """The router of this layer, fp32, on the device of the layer; None for a dense layer."""
+        return self._held_router[0]
+
+    @property
+    def _attention_backend(self) -> Any:
+        """Diffusers' choice of kernel for dense calls (`set_attention_backend`)."""
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> None:
+        """Diffusers sets this to shard the tokens; a processor without it is wrong in silence."""
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        if config is not None:
+            raise ValueError(
+                "context parallelism shards the tokens, and SLA attention needs all of them: "
+                "call `disable_sla` before `enable_parallelism`, or run on one device"
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """`.to()`, `.half()`, `.cuda()`…: the router follows to the device and stays fp32."""
+        router = self.router
+        if recurse and router is not None:
+
+            def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+                moved = fn(tensor)
+                # From `tensor`, not from `moved`, which has been rounded.
+                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+            router._apply(keep_dtype)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Self-attention of `hidden_states` `[B, L, H*D]`, to the same shape.
+
+        `rotary_emb` is (cos, sin), each `[1, L, 1, D]`. Calls with an attention mask or with
+        another sequence's keys go to the stock processor.
+        """
+        if attention_mask is not None:
+            self._warn_of_mask()
+        dense = (
+            self.sparsity is None
+            or self.switch.dense
+            or attention_mask is not None
+            or encoder_hidden_states is not None
+        )
+        # Compiled code cannot count: its graph would break, or be made anew for each number.
+        recording = (
+            nullcontext()
+            if torch.compiler.is_compiling()
+            else self.recorder.call(hidden_states.device, dense=dense)
+        )
+        output: torch.Tensor
+        with recording:
+            if dense:
+                output = self.original(
+                    attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
+                )
+            else:
+                output = self._attend(attn, hidden_states, rotary_emb)
+        return output
+
+    def _attend(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query = attn.to_q(hidden_states)
+            key = attn.to_k(hidden_states)
+            value = attn.to_v(hidden_states)
+        # [B, L, H, D]
+        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+        value = value.unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = _rotate(query, key, *rotary_emb)
+
+        self._follow(query.device)
+        output = self._operator(query, key, value).flatten(2, 3)
+        for module in attn.to_out:  # projection, dropout
+            output = module(output)
+        return output
+
+    def _operator(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
+        assert self.sparsity is not None
+        observe = not torch.compiler.is_compiling()
+        recall = observe and self.recorder.recall
+        if observe:
+            self._observe(query, key)
+        result = sla2_attention(
+            query,
+            key,
+            value,
+            self.router,
+            sparsity=self.sparsity,
+            impl=self._impl,
+            return_lse=recall,
+            **self._options,
+        )
+        if not isinstance(result, tuple):
+            return result
+        output, lse = result
+        with torch.no_grad():
+            self.recorder.add("recall", exact_recall(query, key, lse))
+        return output
+
+    @torch.no_grad()
+    def _observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Record which share of the blocks this call leaves out, without waiting for the device."""
+        assert self.sparsity is not None
+        if self._options["selection"] == "top_k" and not self.recorder.router_recall:
+            total = num_blocks(key.shape[1], self._options["block_k"])
+            self.recorder.add("sparsity", 1 - num_selected(self.sparsity, total) / total)
+            return
+        dropped, recall = router_estimate(
+            query, key, self.router, sparsity=self.sparsity, **self._options
+        )
+        self.recorder.add("sparsity", dropped)
+        if self.recorder.router_recall:
+            self.recorder.add("router_recall", recall)
+
+    def _follow(self, device: torch.device) -> None:
+        """Offloading moves single weights, not modules: bring the router to where the data is."""
+        router = self.router
+        if router is not None and router.query_proj.device != device:
+            router.to(device)
+
+    def _warn_of_mask(self) -> None:
+        if self.switch.warned_of_mask or torch.compiler.is_compiling():
+            return
+        self.switch.warned_of_mask = True
+        logger.warning(
+            "self-attention was called with an attention mask, which SLA attention does not "
+            "support: such calls run dense"
+        )
+
+    def extra_repr(self) -> str:
+        return f"sparsity={self.sparsity}, router={self.router}"
+
+
+def _rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary embedding of neighbouring pairs. query, key `[B, L, H, D]`; cos, sin `[1, L, 1, D]`.
+
+    A pair (x1, x2) is the complex number x1 + i x2, turned by cos + i sin. As one complex product
+    it reads and writes the tensors once; Diffusers' formula takes eight times as long on a CPU.
+    """
+    # [1, L, 1, D/2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    if torch.compiler.is_compiling():
+        # The compiler fuses real arithmetic by itself, and has no code for complex numbers.
+        return _rotate_real(query, cos, sin), _rotate_real(key, cos, sin)
+    turn = torch.complex(cos.float(), sin.float())
+    return _rotate_complex(query, turn), _rotate_complex(key, turn)
+
+
+def _rotate_real(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x1, x2 = states.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
+    return rotated.flatten(-2).type_as(states)
+
+
+def _rotate_complex(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(states)

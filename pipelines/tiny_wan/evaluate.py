@@ -1,0 +1,182 @@
+"""Generate the held-out prompts and measure how well the videos keep to them.
+
+    python -m sla_video.pipelines.tiny_wan.evaluate --model tiny-wan --prompts 200 \\
+        --settings dense 0.80 0.85 0.90 0.95 0.97 --json adherence.json
+
+Every setting starts from the same noise, so that the videos can be compared pairwise. Several
+processes (`accelerate launch`) share the prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import WanPipeline
+from PIL import Image
+
+from sla_video.pipelines.patching import enable_sla
+from sla_video.pipelines.tiny_wan import adherence, checkpoints
+from sla_video.pipelines.tiny_wan.grammar import Scene, caption, sample_scene
+from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
+from sla_video.pipelines.tiny_wan.models import (
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+)
+from sla_video.pipelines.tiny_wan.render import FRAME_SIZE, NUM_FRAMES
+from sla_video.pipelines.tiny_wan.train_transformer import load_vae
+
+HELD_OUT_SEED = 4242
+SHEET_ROWS = 12
+SHEET_FRAMES = (0, 6, 12, 18, 24)
+
+
+def held_out_prompts(count: int) -> tuple[list[Scene], list[str]]:
+    """The first `count` held-out scenes, always the same, and a wording of each."""
+    rng = random.Random(HELD_OUT_SEED)
+    scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
+    return scenes, [caption(scene, rng) for scene in scenes]
+
+
+def load_pipeline(model: str, vae: Path | None, weights: str) -> WanPipeline:
+    """The embedded model, a pipeline folder, or a training checkpoint together with its VAE."""
+    folder = files("sla_video") / "assets" / model
+    path = Path(model) if Path(model).is_dir() else Path(str(folder))
+    if (path / "model_index.json").is_file():
+        pipe: WanPipeline = WanPipeline.from_pretrained(path, torch_dtype=torch.float32)
+        return pipe
+    if vae is None:
+        raise SystemExit(f"{path} is a checkpoint: --vae names the VAE's")
+    tokenizer = build_tokenizer()
+    transformer, encoder = build_transformer(), build_text_encoder(len(tokenizer))
+    state = checkpoints.load_group(path, weights)
+    for prefix, module in (("transformer.", transformer), ("text_encoder.", encoder)):
+        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(part, strict=False)
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=load_vae(vae),
+        scheduler=build_scheduler(),
+        transformer=transformer,
+    )
+
+
+def generate(pipe: WanPipeline, prompts: list[str], first: int, args: argparse.Namespace) -> Any:
+    """Videos `[B, T, H, W, 3]` uint8 of prompts whose numbers start at `first`."""
+    device = pipe.transformer.device
+    generators = [torch.Generator("cpu").manual_seed(first + i) for i in range(len(prompts))]
+    side, channels = args.size // 8, pipe.transformer.config.in_channels
+    latents = torch.cat([
+        torch.randn(1, channels, (NUM_FRAMES - 1) // 4 + 1, side, side, generator=g)
+        for g in generators
+    ])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        frames = pipe(
+            prompts,
+            height=args.size,
+            width=args.size,
+            num_frames=NUM_FRAMES,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            latents=latents.to(device),
+            output_type="pt",
+        ).frames
+    return (frames.float().permute(0, 1, 3, 4, 2) * 255).round().byte().cpu().numpy()
+
+
+def run_setting(
+    pipe: WanPipeline, setting: str, prompts: list[str], numbers: list[int], args: argparse.Namespace
+) -> tuple[Any, float]:
+    """Videos of one setting, "dense" or a sparsity, and the seconds they took."""
+    handle = None if setting == "dense" else enable_sla(pipe, sparsity=float(setting))
+    started = time.monotonic()
+    videos = [
+        generate(pipe, prompts[i : i + args.batch_size], numbers[i], args)
+        for i in range(0, len(prompts), args.batch_size)
+    ]
+    seconds = time.monotonic() - started
+    if handle is not None:
+        handle.remove()
+    return np.concatenate(videos), seconds
+
+
+def contact_sheet(videos: Any, path: Path) -> None:
+    """A few frames of each of the first videos, a row each, two columns of rows."""
+    rows = [np.concatenate([v[t] for t in SHEET_FRAMES], axis=1) for v in videos[:SHEET_ROWS]]
+    half = len(rows) // 2
+    columns = [np.concatenate(part) for part in (rows[:half], rows[half : 2 * half]) if part]
+    image = Image.fromarray(np.concatenate(columns, axis=1))
+    image.thumbnail((1600, 1600))
+    image.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="tiny-wan", help="name, pipeline folder or checkpoint")
+    parser.add_argument("--vae", type=Path, help="VAE checkpoint, where --model is a checkpoint")
+    parser.add_argument("--weights", default="ema", choices=("ema", "weights"))
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--settings", nargs="+", default=["dense"], help="dense or sparsities")
+    parser.add_argument("--size", type=int, default=FRAME_SIZE)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--shift", type=float, help="of the scheduler's noise levels")
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--judges", type=int, default=8, help="processes that measure videos")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path, help="PNG of the first setting's first videos")
+    args = parser.parse_args()
+
+    accelerator = Accelerator()
+    pipe = load_pipeline(args.model, args.vae, args.weights).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    if args.shift:
+        pipe.scheduler = build_scheduler(args.shift)
+    if args.size != FRAME_SIZE:
+        spread_rotary_positions(pipe.transformer, args.size // 8, FRAME_SIZE // 8)
+    scenes, prompts = held_out_prompts(args.prompts)
+    report: dict[str, Any] = {}
+    baseline = None
+    with accelerator.split_between_processes(list(range(args.prompts))) as numbers:
+        mine, mine_scenes = [prompts[i] for i in numbers], [scenes[i] for i in numbers]
+        for setting in args.settings:
+            videos, seconds = run_setting(pipe, setting, mine, numbers, args)
+            with ProcessPoolExecutor(args.judges) as pool:
+                results = list(pool.map(adherence.measure, videos, mine_scenes))
+            baseline = videos if baseline is None else baseline
+            psnr = [_psnr(a, b) for a, b in zip(videos, baseline, strict=True)]
+            results = gather_object(results)
+            psnr = gather_object(psnr)
+            row = {**adherence.summary(results), "seconds_per_video": seconds / len(mine)}
+            if setting != args.settings[0]:
+                row["psnr_to_first"] = float(np.mean(psnr))
+            report[setting] = row
+            if accelerator.is_main_process:
+                print(setting, json.dumps(row), flush=True)
+                if args.sheet and setting == args.settings[0]:
+                    contact_sheet(videos, args.sheet)
+                if args.json:
+                    args.json.write_text(json.dumps(report, indent=1))
+    accelerator.end_training()
+
+
+def _psnr(a: Any, b: Any) -> float:
+    error = np.square(a.astype(np.float32) - b.astype(np.float32)).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-3)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The training objective of `tiny-wan`: flow matching over transformer and text encoder."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import UMT5EncoderModel
+
+from sla_video.pipelines.tiny_wan.data import TEXT_LENGTH
+from sla_video.pipelines.tiny_wan.models import PIPELINE_TEXT_LENGTH
+
+CAPTION_DROPOUT = 0.1
+
+
+class PaddedTextAttention:
+    """Cross-attention to a caption and one pad slot that stands for all the pads of a pipeline.
+
+    `WanPipeline` pads text embeddings with zeros to 512 positions and Wan attends to every one.
+    They are all alike, so a single one with log(count) added to its logit has the same effect.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, pads: int) -> None:
+        self.bias = math.log(pads)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb):  # type: ignore[no-untyped-def]
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+        # [1, 1, 1, S]
+        bias = torch.zeros(key.shape[1], device=query.device, dtype=query.dtype)
+        bias[-1] = self.bias
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], -1)
+        out = F.scaled_dot_product_attention(
+            query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
+        )
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3)))
+
+
+class TextToVideo(nn.Module):
+    """Transformer and text encoder under one loss: flow matching, velocity prediction."""
+
+    def __init__(self, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        # Noise levels are logit-normal, shifted towards noise as clips grow (Esser et al. 2024).
+        self.shift = 1.0
+        for block in transformer.blocks:
+            block.attn2.processor = PaddedTextAttention(PIPELINE_TEXT_LENGTH - TEXT_LENGTH)
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """`[B, TEXT_LENGTH + 1, C]` from ids `[B, TEXT_LENGTH]`: zeros on pads and the pad slot."""
+        mask = (ids > 0).long()
+        hidden = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return F.pad(hidden * mask[..., None], (0, 0, 0, 1))
+
+    def forward(self, latents: Tensor, ids: Tensor) -> Tensor:
+        """Mean squared error of the velocity at random noise levels."""
+        count, device = len(latents), latents.device
+        dropped = torch.rand(count, 1, device=device) < CAPTION_DROPOUT
+        empty = F.one_hot(torch.zeros(1, dtype=torch.long, device=device), ids.shape[1])
+        ids = torch.where(dropped, empty, ids)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            text = self.embed_text(ids)
+            u = torch.randn(count, device=device).sigmoid()
+            sigma = self.shift * u / (1 + (self.shift - 1) * u)
+            noise = torch.randn_like(latents)
+            level = sigma.view(-1, 1, 1, 1, 1)
+            noisy = latents + level * (noise - latents)
+            velocity = self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
+        return F.mse_loss(velocity.float(), noise - latents)
+
+
+def spread_rotary_positions(transformer: WanTransformer3DModel, side: int, full_side: int) -> None:
+    """Place the `side` x `side` tokens of a small clip where they would be in a full-size one."""
+    rope = transformer.rope
+    stride = full_side / side
+    positions = (torch.arange(rope.freqs_cos.shape[0]) + 0.5) * stride - 0.5
+    for name, function in (("freqs_cos", torch.cos), ("freqs_sin", torch.sin)):
+        table = getattr(rope, name)
+        columns = [table[:, : rope.t_dim]]
+        for dim in (rope.h_dim, rope.w_dim):
+            rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angles = torch.outer(positions.double(), rates).repeat_interleave(2, dim=1)
+            columns.append(function(angles).to(table))
+        setattr(rope, name, torch.cat(columns, dim=1))

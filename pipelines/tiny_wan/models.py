@@ -1,0 +1,171 @@
+"""The networks of `tiny-wan`: Diffusers' own classes at a size that ships with the package.
+
+Also the VAE's passes over a whole clip at once. Diffusers runs the Wan VAE chunk by chunk with a
+feature cache, to save memory; its causal convolutions make one pass over all frames give the same
+result, which is what training and bulk encoding want.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanResample,
+    patchify,
+    unpatchify,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from sla_video.pipelines.tiny_wan import grammar
+
+LATENT_CHANNELS = 8
+TEXT_DIM = 256
+# What WanPipeline pads prompts to, unless told otherwise.
+PIPELINE_TEXT_LENGTH = 512
+FLOW_SHIFT = 5.0
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the grammar's vocabulary, closed by `</s>` as T5's is."""
+    words = ["<pad>", "</s>", "<unk>", *grammar.vocabulary()]
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocab_size,
+            d_model=TEXT_DIM,
+            d_kv=64,
+            d_ff=512,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def build_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=4,
+        attention_head_dim=64,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=256,
+        ffn_dim=1024,
+        num_layers=6,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    )
+
+
+def build_vae(
+    latents_mean: list[float] | None = None, latents_std: list[float] | None = None
+) -> AutoencoderKLWan:
+    """8x8 pixels and 4 frames a latent; the outermost 2x2 by pixel shuffle, as Wan 2.2's VAE."""
+    return AutoencoderKLWan(
+        base_dim=32,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        latents_mean=latents_mean or [0.0] * LATENT_CHANNELS,
+        latents_std=latents_std or [1.0] * LATENT_CHANNELS,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+
+
+def build_scheduler(shift: float = FLOW_SHIFT) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+def encode_clip(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Moments of the latents of whole clips.
+
+    Args:
+        video: `[B, 3, 4k+1, H, W]` in [-1, 1].
+
+    Returns:
+        `[B, 2 * z_dim, k+1, H/8, W/8]`: means, then log-variances; equal to `vae.encode`.
+    """
+    encoder = vae.encoder
+    x = encoder.conv_in(patchify(video, vae.config.patch_size or 1))
+    for layer in encoder.down_blocks:
+        x = layer(x)
+        if isinstance(layer, WanResample) and layer.mode == "downsample3d":
+            x = torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
+    x = encoder.mid_block(x)
+    return vae.quant_conv(encoder.conv_out(encoder.nonlinearity(encoder.norm_out(x))))
+
+
+def decode_clip(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Whole clips from latents `[B, z_dim, k+1, h, w]`; equal to `vae.decode` before its clamp."""
+    decoder = vae.decoder
+    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            x = resnet(x)
+        for layer in block.upsamplers or ():
+            if layer.mode == "upsample3d":
+                x = torch.cat([x[:, :, :1], _double_frames(layer, x[:, :, 1:])], dim=2)
+            x = layer(x)
+    x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
+    return unpatchify(x, vae.config.patch_size or 1)
+
+
+def _double_frames(layer: WanResample, x: Tensor) -> Tensor:
+    pairs = layer.time_conv(x)
+    return torch.stack(pairs.chunk(2, dim=1), dim=3).flatten(2, 3)
+
+
+def latent_stats(vae: AutoencoderKLWan, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, `[1, z_dim, 1, 1, 1]` each."""
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=device).view(shape)
+    std = torch.tensor(vae.config.latents_std, device=device).view(shape)
+    return mean, std
+
+
+def save_pipeline(
+    folder: Path,
+    vae: AutoencoderKLWan,
+    transformer: WanTransformer3DModel,
+    text_encoder: UMT5EncoderModel,
+) -> None:
+    """Write an ordinary Diffusers pipeline folder, weights in float16."""
+    pipe = WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=text_encoder.half(),
+        vae=vae.half(),
+        scheduler=build_scheduler(),
+        transformer=transformer.half(),
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)

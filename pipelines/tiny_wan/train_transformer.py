@@ -1,0 +1,270 @@
+"""Train the transformer and the text encoder of `tiny-wan` on the procedural world.
+
+Low resolution first: motion and colours are learned from millions of cheap 64-pixel clips, edges
+from fewer large ones. Rotary positions are spread so that a small clip's tokens stand where they
+would in the full-size one. A stage is `size:batch:minutes:shift:rate`: pixels a side, clips a
+process, training time, shift of the noise levels, peak learning rate.
+
+    accelerate launch --num_processes 4 -m sla_video.pipelines.tiny_wan.train_transformer \\
+        --vae runs/vae --out runs/tiny-wan \\
+        --stages 64:256:4.5:2:2e-3 128:96:3.5:3.5:1.5e-3 256:32:3:6:1e-3
+
+After each stage `--out` is written atomically (weights, EMA, optimizers, finished stages); a run
+that finds it goes on with the next stage. `--init` starts from another checkpoint or from a
+pipeline folder, such as the embedded model itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+from transformers import UMT5EncoderModel
+
+from sla_video.pipelines.tiny_wan import checkpoints
+from sla_video.pipelines.tiny_wan.data import Batch, stream
+from sla_video.pipelines.tiny_wan.flow_matching import TextToVideo, spread_rotary_positions
+from sla_video.pipelines.tiny_wan.latent_bank import LatentBank
+from sla_video.pipelines.tiny_wan.models import (
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    build_vae,
+)
+from sla_video.pipelines.tiny_wan.render import FRAME_SIZE
+from sla_video.pipelines.tiny_wan.schedule import Deadline
+
+LOG_EVERY = 50
+ADAM_RATE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One resolution of the training."""
+
+    size: int
+    batch_size: int
+    minutes: float
+    shift: float
+    learning_rate: float
+
+    @classmethod
+    def parse(cls, text: str) -> Stage:
+        size, batch_size, minutes, shift, rate = text.split(":")
+        return cls(
+            size=int(size),
+            batch_size=int(batch_size),
+            minutes=float(minutes),
+            shift=float(shift),
+            learning_rate=float(rate),
+        )
+
+
+def build_optimizers(model: TextToVideo, kind: str) -> list[torch.optim.Optimizer]:
+    """Muon on the hidden matrices and AdamW on the rest, or AdamW on everything."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        hidden = ".blocks." in name or "text_encoder.encoder.block" in name
+        is_matrix = hidden and parameter.ndim == 2 and "relative_attention_bias" not in name
+        (matrices if is_matrix and kind == "muon" else others).append(parameter)
+    adam = torch.optim.AdamW(
+        others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=torch.cuda.is_available()
+    )
+    adam.param_groups[0]["rate"] = ADAM_RATE
+    if kind == "adamw":
+        return [adam]
+    muon = torch.optim.Muon(
+        matrices, lr=1e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    muon.param_groups[0]["rate"] = 1.0
+    return [adam, muon]
+
+
+def load_weights(folder: Path, model: TextToVideo) -> None:
+    """Weights from a checkpoint's `weights`, or from a pipeline folder."""
+    if (folder / "model_index.json").is_file():
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        model.transformer.load_state_dict(transformer.state_dict())
+        model.text_encoder.load_state_dict(encoder.state_dict())
+        return
+    found = checkpoints.newest(folder)
+    if found is None:
+        raise SystemExit(f"no checkpoint and no pipeline in {folder}")
+    model.load_state_dict(checkpoints.load_group(found, "weights"), strict=False)
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """The VAE of a `train_vae` checkpoint, or of a pipeline folder."""
+    if (folder / "model_index.json").is_file():
+        vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(folder / "vae")
+        return vae.eval().requires_grad_(False)
+    found = checkpoints.newest(folder)
+    if found is None:
+        raise SystemExit(f"no checkpoint and no pipeline in {folder}")
+    state = checkpoints.load_state(found)
+    vae = build_vae(state["latents_mean"], state["latents_std"])
+    vae.load_state_dict(checkpoints.load_group(found, "vae"))
+    return vae.eval().requires_grad_(False)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Run the stages that are not done yet."""
+    device = accelerator.device
+    set_seed(args.seed)
+    model = TextToVideo(build_transformer(), build_text_encoder(len(build_tokenizer())))
+    resume = checkpoints.newest(args.out)
+    source = resume or args.init
+    done: list[dict[str, Any]] = checkpoints.load_state(resume)["stages"] if resume else []
+    if source:
+        load_weights(source, model)
+    model.to(device)
+    ema = EMAModel(model.parameters(), decay=args.ema, foreach=True)
+    optimizers = build_optimizers(model, args.optimizer)
+    if source and (source / checkpoints.JSON_NAME).is_file():
+        restore(source, args.optimizer, ema, optimizers, model)
+    vae = load_vae(args.vae).to(device)
+    if not args.no_compile:
+        model.transformer.compile(dynamic=False)
+    wrapped, *optimizers = accelerator.prepare(model, *optimizers)
+    for number, stage in enumerate(args.stages[len(done) :], start=len(done)):
+        seed = args.seed + 1000 * number + accelerator.process_index
+        set_seed(seed)
+        spread_rotary_positions(model.transformer, stage.size // 8, FRAME_SIZE // 8)
+        model.shift = stage.shift
+        bank = LatentBank(args.bank * 64**2 // stage.size**2, vae, stage.size, device)
+        encode_batch = max(4, args.encode_batch * 64**2 // stage.size**2)
+        scenes = stream(encode_batch, seed, args.workers)
+        begun = time.monotonic()
+        while bank.drawn < min(stage.batch_size * args.reuse, len(bank.latents)):
+            bank.add(next(scenes))
+        if accelerator.is_main_process:
+            took = time.monotonic() - begun
+            print(f"{stage}; bank: {bank.drawn} clips in {took:.1f} s", flush=True)
+        steps = run(args, stage, accelerator, wrapped, ema, optimizers, bank, scenes, encode_batch)
+        clips = steps * stage.batch_size * accelerator.num_processes
+        done.append({**vars(stage), "steps": steps, "clips": clips})
+        if accelerator.is_main_process:
+            save(args, model, ema, optimizers, done)
+            print(f"saved {args.out}: {done[-1]}", flush=True)
+
+
+def run(
+    args: argparse.Namespace,
+    stage: Stage,
+    accelerator: Accelerator,
+    model: nn.Module,
+    ema: EMAModel,
+    optimizers: list[Any],
+    bank: LatentBank,
+    scenes: Iterator[Batch],
+    encode_batch: int,
+) -> int:
+    """Train one stage until its time is up; returns the number of steps."""
+    deadline = Deadline(stage.minutes, cooldown=args.cooldown)
+    total = torch.zeros((), device=accelerator.device)
+    owed, step, mark = 0.0, 0, 0.0
+    while True:
+        if step == 3:
+            deadline.start()
+        owed += stage.batch_size / args.reuse
+        while owed >= encode_batch:
+            bank.add(next(scenes))
+            owed -= encode_batch
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * group["rate"] * deadline.factor
+        loss = model(*bank.sample(stage.batch_size))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.step(model.parameters())
+        total += loss.detach()
+        step += 1
+        if step % LOG_EVERY == 0 or step == args.max_steps:
+            # The processes' clocks differ a little; they must leave at the same step.
+            flag = torch.tensor([deadline.fraction], device=accelerator.device)
+            done = accelerator.reduce(flag, "max").item()
+            if accelerator.is_main_process and step % (4 * LOG_EVERY) == 0:
+                seconds = (done - mark) * deadline.seconds
+                rate = 4 * LOG_EVERY * stage.batch_size * accelerator.num_processes / seconds
+                print(
+                    f"step {step} {done:.0%} loss {total.item() / (4 * LOG_EVERY):.4f} "
+                    f"{rate:.0f} clips/s bank {bank.filled}",
+                    flush=True,
+                )
+                mark = done
+                total.zero_()
+            if done >= 1 or step == args.max_steps:
+                return step
+
+
+def restore(
+    folder: Path, kind: str, ema: EMAModel, optimizers: list[Any], model: nn.Module
+) -> None:
+    """EMA and optimizer states of a checkpoint, as far as it has them."""
+    averaged = checkpoints.load_group(folder, "ema")
+    for (name, _), shadow in zip(model.named_parameters(), ema.shadow_params, strict=True):
+        shadow.copy_(averaged[name])
+    for i, optimizer in enumerate(optimizers):
+        if (folder / f"{kind}{i}.safetensors").is_file():
+            checkpoints.restore_optimizer(optimizer, checkpoints.load_group(folder, f"{kind}{i}"))
+
+
+def save(
+    args: argparse.Namespace,
+    model: TextToVideo,
+    ema: EMAModel,
+    optimizers: list[Any],
+    stages: list[dict[str, Any]],
+) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    groups = {
+        "weights": dict(model.named_parameters()),
+        "ema": dict(zip(names, ema.shadow_params, strict=True)),
+    }
+    for i, optimizer in enumerate(optimizers):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        groups[f"{args.optimizer}{i}"] = checkpoints.optimizer_tensors(inner)
+    checkpoints.save_checkpoint(args.out, groups, {"stages": stages})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vae", type=Path, required=True, help="checkpoint of train_vae")
+    parser.add_argument("--init", type=Path, help="checkpoint or pipeline folder to start from")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument(
+        "--stages", type=Stage.parse, nargs="+", required=True, help="size:batch:minutes:shift:rate"
+    )
+    parser.add_argument("--cooldown", type=float, default=0.25, help="of each stage, to rate 0")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--bank", type=int, default=65536, help="clips a process, at 64 pixels")
+    parser.add_argument("--reuse", type=int, default=12, help="steps a clip is expected to serve")
+    parser.add_argument("--encode-batch", type=int, default=128, help="clips, at 64 pixels")
+    parser.add_argument("--workers", type=int, default=4, help="scene processes a process")
+    parser.add_argument("--max-steps", type=int, default=0, help="a stage's; 0: time decides")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator()
+    train(args, accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Names of result files, and writing a video with its JSON sidecar so that no half of it is left.
+
+Frames are `[F, H, W, 3]` uint8 arrays in RGB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sla_video.pipelines.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_SUFFIX = ".mp4"
+_SLUG_LENGTH = 48
+_SLUG_BYTES = 160
+# x264 at a quality that shows no loss; the colour tags keep players from guessing the matrix.
+_BT709 = "color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+_X264 = ["-crf", "16", "-movflags", "+faststart"]
+_X264 += ["-vf", f"scale=out_color_matrix=bt709,setparams={_BT709}"]
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a file name: lower case, words joined by hyphens, cut at a word's end."""
+    text = unicodedata.normalize("NFKC", prompt).lower()
+    words = re.findall(r"\w+", text)
+    name = ""
+    for word in words:
+        longer = f"{name}-{word}" if name else word[:_SLUG_LENGTH]
+        # File systems limit names to 255 bytes, not characters.
+        if len(longer) > _SLUG_LENGTH or len(longer.encode()) > _SLUG_BYTES:
+            break
+        name = longer
+    return name or "video"
+
+
+def plan_outputs(
+    out: Path | None, prompts: Sequence[str], seeds: Sequence[int], *, overwrite: bool
+) -> list[Path]:
+    """The file of each video: `out` itself if it ends in .mp4, else names made up in folder `out`.
+
+    Names in a folder are `<prompt>-seed<seed>.mp4`; a name that is taken gets `-2`, `-3`, …, so
+    nothing is replaced. A file given by name is refused if it exists, unless `overwrite`.
+
+    Args:
+        out: a file, a folder (made when writing), or `None` for the current folder.
+        prompts, seeds: of each video, in order.
+
+    Raises:
+        InputError: one file for several videos, a name that is taken, or not an .mp4 file.
+    """
+    out = Path() if out is None else out.expanduser()
+    if out.suffix.lower() == _SUFFIX and not out.is_dir():
+        if len(prompts) != 1:
+            raise InputError(
+                f"`out` names one file, {out}, for {len(prompts)} videos: give a folder instead"
+            )
+        if not overwrite and (out.exists() or sidecar_of(out).exists()):
+            taken = out if out.exists() else sidecar_of(out)
+            raise InputError(f"{taken} exists: give another --out, or --overwrite to replace it")
+        return [out]
+    if out.exists() and not out.is_dir():
+        raise InputError(f"`out` must be a folder or end in {_SUFFIX}, got the file {out}")
+    paths: list[Path] = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        stem, number = f"{slug(prompt)}-seed{seed}", 1
+        path = out / (stem + _SUFFIX)
+        while path in paths or (not overwrite and (path.exists() or sidecar_of(path).exists())):
+            number += 1
+            path = out / f"{stem}-{number}{_SUFFIX}"
+        paths.append(path)
+    return paths
+
+
+def sidecar_of(path: Path) -> Path:
+    """The JSON file that belongs to a video."""
+    return path.with_suffix(".json")
+
+
+class OutputFolder:
+    """A folder that is known to be writable before hours are spent on what goes into it.
+
+    Entering makes it, its parents included; leaving removes what was made and stayed empty.
+
+    Raises:
+        InputError: on entering, when it cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: list[Path] = []
+
+    def __enter__(self) -> OutputFolder:
+        missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        try:
+            for path in reversed(missing):
+                path.mkdir(exist_ok=True)
+                self._made.append(path)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            self.__exit__()
+            raise InputError(
+                f"cannot write to {self.folder}: {error.strerror or error}; give another --out"
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in reversed(self._made):
+            try:
+                path.rmdir()
+            except OSError:  # it holds results now
+                return
+
+
+def check_video_writer() -> None:
+    """Raise `InputError` now, rather than after the video is made, if there is no ffmpeg."""
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise InputError(
+            "no ffmpeg to write videos with: `pip install imageio-ffmpeg` on this platform, "
+            "or set IMAGEIO_FFMPEG_EXE to an ffmpeg of yours"
+        ) from error
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray[Any, Any],
+    fps: float,
+    sidecar: Callable[[], Mapping[str, Any]],
+) -> None:
+    """Write an H.264 MP4 and its JSON sidecar: both, or neither.
+
+    Both are written under temporary names in the same folder and then renamed. An interruption
+    at any point leaves no file that looks finished and is not.
+
+    Args:
+        path: the MP4 file; an existing one is replaced.
+        frames: `[F, H, W, 3]` uint8, H and W even.
+        fps: frames a second.
+        sidecar: called once the video is encoded; returns what the JSON file holds.
+
+    Raises:
+        InputError: the folder cannot be written to, for instance because the disk is full.
+    """
+    video_part, json_part = None, None
+    try:
+        video_part = _temporary(path, _SUFFIX)
+        _encode(video_part, frames, fps)
+        json_part = _temporary(path, ".json")
+        json_part.write_text(json.dumps(sidecar(), indent=2) + "\n", encoding="utf-8")
+        os.replace(json_part, sidecar_of(path))
+        os.replace(video_part, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {one_line(error)}; give another --out") from error
+    finally:
+        for part in (video_part, json_part):
+            if part is not None:
+                part.unlink(missing_ok=True)
+
+
+def _temporary(path: Path, suffix: str) -> Path:
+    """A new hidden file beside `path`, with the permissions that a plain `open` would give it."""
+    handle, name = tempfile.mkstemp(suffix=suffix, prefix=f".{path.stem}.part-", dir=path.parent)
+    os.close(handle)
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(name, 0o666 & ~mask)
+    return Path(name)
+
+
+def _encode(path: Path, frames: np.ndarray[Any, Any], fps: float) -> None:
+    import imageio.v2 as imageio
+
+    writer = imageio.get_writer(
+        str(path),
+        format="FFMPEG",
+        mode="I",
+        fps=fps,
+        codec="libx264",
+        pixelformat="yuv420p",
+        quality=None,
+        macro_block_size=2,
+        ffmpeg_log_level="error",
+        output_params=_X264,
+    )
+    with writer:
+        for frame in frames:
+            writer.append_data(frame)

@@ -1,0 +1,281 @@
+"""The command line: parse, build a config, call the library once, print.
+
+Heavy imports are inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sla_video import __version__
+from sla_video.console import PROGRAM, run_command, set_up_messages
+from sla_video.pipelines.errors import InputError
+
+app = typer.Typer(
+    name=PROGRAM,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N or mps.  [default: a GPU if there is one]")
+]
+_Dtype = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say what is chosen, for instance which kernels.")
+    ] = False,
+) -> None:
+    """Fast video diffusion: SLA2 sparse-linear attention for Wan pipelines in Diffusers.
+
+    \b
+    Example:
+      sla-video generate "a red circle moves left on a white background"
+    """
+    set_up_messages(verbose=verbose)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(help="What the video shows; several prompts make several videos."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Read the prompts from a text file, one a line."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The embedded tiny-wan, a folder of a Diffusers Wan pipeline, or a hub id."
+        ),
+    ] = "tiny-wan",
+    routers: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of trained routers.  [default: training-free]"),
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the attention that is left to the cheap linear branch, from 0 to below "
+            "1.  [default: the model's own, or the routers']"
+        ),
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Use the model's own full attention, to compare.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the prompt; 1 or less turns guidance off and halves the time.  "
+            "[default: the model's own]"
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the video should not show; needs guidance.")
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Number of frames, 4k+1 for Wan.  [default: the model's own]"),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Height in pixels.  [default: the model's own]")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Width in pixels.  [default: the model's own]")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second.  [default: the model's own]")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the first video; each next one adds 1.  [default: random]"),
+    ] = None,
+    num_videos: Annotated[int, typer.Option(help="Videos of each prompt.")] = 1,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep idle parts of the model in host memory (slower)."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="An .mp4 file, or a folder for files named after prompt and seed.  "
+            "[default: this folder]",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that exist.")
+    ] = False,
+) -> None:
+    """Generate videos from prompts.
+
+    Writes an MP4 and beside it a JSON file with all settings, and prints the MP4's path.
+
+    \b
+    Examples:
+      sla-video generate "a red circle moves left on a white background"
+      sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
+    """
+    from sla_video.pipelines.generation import generate as generate_videos
+    from sla_video.pipelines.generation_request import GenerationRequest, read_prompts
+    from sla_video.pipelines.progress import TerminalProgress
+
+    if prompt and prompts is not None:
+        raise InputError("give prompts as arguments or with --prompts, not both")
+    request = GenerationRequest(
+        prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
+        model=model,
+        routers=routers,
+        sparsity=sparsity,
+        dense=dense,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        frames=frames,
+        height=height,
+        width=width,
+        fps=fps,
+        seed=seed,
+        num_videos=num_videos,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        out=out,
+        overwrite=overwrite,
+    )
+    with TerminalProgress() as progress:
+        for video in generate_videos(request, progress=progress):
+            seconds = ", ".join(f"{name} {value:.1f} s" for name, value in video.seconds.items())
+            typer.echo(f"seed {video.seed}: {seconds}", err=True)
+            typer.echo(video.path)
+
+
+@app.command()
+def bench(
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens; give it several times to compare.  [default: 7168]"),
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    head_dim: Annotated[int, typer.Option(help="Numbers in a head.")] = 64,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share left to the linear branch; give it several times to compare.  "
+            "[default: 0.9, 0.95 and 0.97]"
+        ),
+    ] = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs; the table shows medians.")] = 5,
+    as_json: _Json = False,
+) -> None:
+    """Time dense attention and SLA2 on this machine.
+
+    \b
+    Example:
+      sla-video bench --length 7168 --heads 4 --head-dim 64 --sparsity 0.97
+    """
+    from sla_video.pipelines.attention_bench import BenchRequest, bench_attention, bench_tables
+    from sla_video.pipelines.progress import TerminalProgress
+
+    request = BenchRequest(
+        lengths=tuple(length or (7168,)),
+        heads=heads,
+        head_dim=head_dim,
+        batch=batch,
+        sparsities=tuple(sparsity or (0.9, 0.95, 0.97)),
+        device=device,
+        dtype=dtype,
+        repeats=repeats,
+    )
+    with TerminalProgress() as progress:
+        result = bench_attention(request, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        _print_tables(bench_tables(result))
+
+
+@app.command()
+def info(
+    grammar: Annotated[
+        bool, typer.Option("--grammar", help="Print what prompts the embedded model understands.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Show versions, devices, implementations of the operator, and models and routers at hand.
+
+    \b
+    Examples:
+      sla-video info
+      sla-video info --grammar
+    """
+    if grammar:
+        from sla_video.pipelines.tiny_wan.grammar import GRAMMAR_TEXT
+
+        typer.echo(GRAMMAR_TEXT)
+        return
+    from sla_video.pipelines.environment import describe_environment, environment_lines
+
+    found = describe_environment()
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(environment_lines(found)))
+
+
+def _print_tables(tables: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    for table in tables:
+        Console(width=100).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line on `arguments` (default `sys.argv`) and return its exit code."""
+    command = typer.main.get_command(app)
+    return run_command(
+        lambda: command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name=PROGRAM,
+            standalone_mode=False,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Settings of SLA2 in a transformer. A leaf of the package: imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+SparseDtype = Literal["bf16", "int8", "int8_fp8", "int8_int8"]
+Implementation = Literal["auto", "reference", "torch", "triton"]
+AlphaKind = Literal["adaptive", "per_block"]
+PhiKey = Literal["smoothed", "raw"]
+Selection = Literal["top_k", "top_p"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "sparse_dtype": get_args(SparseDtype),
+    "impl": get_args(Implementation),
+    "alpha": get_args(AlphaKind),
+    "phi_k": get_args(PhiKey),
+    "selection": get_args(Selection),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAConfig:
+    """How the self-attention of a transformer is replaced (SLA2, arXiv 2602.12675).
+
+    Layers are counted from 0 over `blocks` and then over `vace_blocks`, where the model has them;
+    negative numbers count from the end. Each of two transformers is counted on its own.
+
+    Attributes:
+        sparsity: share of the key blocks that each query block leaves to the linear branch,
+            in [0, 1). 0.95 keeps 5% of them. At least one block is always kept.
+        layer_sparsity: layer -> sparsity, for the layers that differ from `sparsity`.
+        dense_layers: layers that keep Diffusers' own attention.
+        dense_steps: how many of the first denoising steps run with Diffusers' own attention.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+        sparse_dtype: number format of the sparse branch.
+        impl: implementation of the operator; "auto" takes the fastest that is available.
+        alpha: "adaptive" or "per_block": how the two branches are mixed (see `Router`).
+        num_query_blocks: length of the table of alpha="per_block"; None with alpha="adaptive".
+        router_per_head: one pair of router projections per head instead of one per layer.
+        phi_k: whether the linear branch reads the keys with their mean removed ("smoothed").
+        selection: "top_k" keeps a fixed number of key blocks, "top_p" as many as hold `top_p` of
+            the router's softmax mass.
+        top_p: the mass that selection="top_p" keeps, in (0, 1].
+        min_selected: key blocks that selection="top_p" keeps at least.
+        max_selected: key blocks that selection="top_p" keeps at most; None for as many as "top_k"
+            would keep at the same sparsity.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    sparsity: float = 0.95
+    layer_sparsity: Mapping[int, float] = field(default_factory=dict, hash=False)
+    dense_layers: Sequence[int] = ()
+    dense_steps: int = 0
+    block_q: int = 128
+    block_k: int = 64
+    sparse_dtype: SparseDtype = "bf16"
+    impl: Implementation = "auto"
+    alpha: AlphaKind = "adaptive"
+    num_query_blocks: int | None = None
+    router_per_head: bool = False
+    phi_k: PhiKey = "smoothed"
+    selection: Selection = "top_k"
+    top_p: float = 0.9
+    min_selected: int = 1
+    max_selected: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
+        _check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
+        _check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
+        _check_integer("dense_steps", self.dense_steps, minimum=0)
+        _check_integer("block_q", self.block_q, minimum=1)
+        _check_integer("block_k", self.block_k, minimum=1)
+        _check_integer("min_selected", self.min_selected, minimum=1)
+        if self.max_selected is not None:
+            _check_integer("max_selected", self.max_selected, minimum=self.min_selected)
+        if not isinstance(self.router_per_head, bool):
+            raise TypeError(f"`router_per_head` must be a bool, got {self.router_per_head!r}")
+        self._check_alpha()
+        self._freeze_layers()
+
+    def _check_alpha(self) -> None:
+        if self.num_query_blocks is not None:
+            _check_integer("num_query_blocks", self.num_query_blocks, minimum=1)
+        if (self.alpha == "per_block") != (self.num_query_blocks is not None):
+            raise ValueError(
+                "`num_query_blocks` must be given with alpha='per_block' and only then, "
+                f"got alpha={self.alpha!r} and num_query_blocks={self.num_query_blocks}"
+            )
+
+    def _freeze_layers(self) -> None:
+        """Check the fields that speak of single layers, and keep copies of our own."""
+        if not isinstance(self.layer_sparsity, Mapping):
+            raise TypeError(
+                "`layer_sparsity` must map layers to sparsities, for instance {0: 0.8}, "
+                f"got {self.layer_sparsity!r}"
+            )
+        for layer, value in self.layer_sparsity.items():
+            _check_integer("layer_sparsity", layer)
+            _check_number(f"layer_sparsity[{layer}]", value, "in [0, 1)", lambda x: 0 <= x < 1)
+        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Sequence):
+            raise TypeError(
+                "`dense_layers` must be a list of layer numbers, for instance [0, -1], "
+                f"got {self.dense_layers!r}"
+            )
+        for layer in self.dense_layers:
+            _check_integer("dense_layers", layer)
+        object.__setattr__(self, "layer_sparsity", dict(self.layer_sparsity))
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+
+    def layer_plan(self, num_layers: int) -> list[float | None]:
+        """The sparsity of each of `num_layers` layers, None for a dense one.
+
+        Raises:
+            ValueError: a layer that the model does not have is named, or one is named twice.
+        """
+        plan: list[float | None] = [self.sparsity] * num_layers
+        for layer, given in _resolve_layers("layer_sparsity", self.layer_sparsity, num_layers):
+            plan[layer] = self.layer_sparsity[given]
+        for layer, _ in _resolve_layers("dense_layers", self.dense_layers, num_layers):
+            plan[layer] = None
+        return plan
+
+    def replace(self, **changes: Any) -> SLAConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["layer_sparsity"] = {str(k): v for k, v in self.layer_sparsity.items()}
+        values["dense_layers"] = list(self.dense_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SLAConfig:
+        """The inverse of `to_dict`; fields that are missing take their defaults.
+
+        Raises:
+            TypeError, ValueError: a field is unknown, of the wrong type or out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"the settings of SLA must be a mapping, got {values!r}")
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown settings {', '.join(unknown)}; known ones are {', '.join(sorted(known))}"
+            )
+        fields = dict(values)
+        layers = fields.get("layer_sparsity")
+        if isinstance(layers, Mapping):
+            fields["layer_sparsity"] = {_layer_from_key(key): v for key, v in layers.items()}
+        return cls(**fields)
+
+
+def _layer_from_key(key: object) -> object:
+    """JSON turns the layer numbers of a mapping into text: turn them back."""
+    try:
+        return int(key) if isinstance(key, str) else key
+    except ValueError:
+        return key
+
+
+def _resolve_layers(name: str, layers: Iterable[int], num_layers: int) -> list[tuple[int, int]]:
+    """(layer from the start, layer as given) for each, all different and within the model."""
+    resolved: dict[int, int] = {}
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(
+                f"`{name}` names layer {layer}, but the transformer has {num_layers} layers "
+                f"(0 to {num_layers - 1}, or -{num_layers} to -1)"
+            )
+        index = layer % num_layers
+        if index in resolved:
+            raise ValueError(
+                f"`{name}` names layer {index} twice, as {resolved[index]} and {layer}"
+            )
+        resolved[index] = layer
+    return list(resolved.items())
+
+
+def _check_number(name: str, value: object, interval: str, within: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number {interval}, got {value!r}")
+    if not within(value):
+        raise ValueError(f"`{name}` must be {interval}, got {value}")
+
+
+def _check_integer(name: str, value: object, *, minimum: int | None = None) -> None:
+    bound = "" if minimum is None else f" of at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer{bound}, got {value!r}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")

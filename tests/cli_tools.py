@@ -1,0 +1,58 @@
+"""Run the command line in the tests: in this process, or as a program of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Sizes at which the tiny random pipeline of `tiny_models` takes a fraction of a second.
+SMALL = ("--frames", "5", "--height", "32", "--width", "32", "--steps", "2", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments: object) -> Outcome:
+    """Run `sla-video` in this process."""
+    from sla_video.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def program(*arguments: object) -> list[str]:
+    """The command line that runs `sla-video` as a program."""
+    return [sys.executable, "-m", "sla_video.cli", *(str(argument) for argument in arguments)]
+
+
+def run(*arguments: object, cwd: Path | None = None, **environment: str) -> Outcome:
+    """Run `sla-video` as a program."""
+    settings: dict[str, Any] = {"cwd": cwd, "env": program_environment(**environment)}
+    done = subprocess.run(
+        program(*arguments), capture_output=True, text=True, check=False, timeout=300, **settings
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def program_environment(**environment: str) -> dict[str, str]:
+    """The environment of `run`: one thread, so that tests do not get in each other's way."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files and folders below `folder`, hidden ones included."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

@@ -1,0 +1,59 @@
+"""The rows of the benchmark, at a size where the times mean nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sla_video.kernels.bench import BenchRow, bench_operator
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows(dtype):
+    calls = []
+    rows = bench_operator(
+        1, 200, 2, 16, (0.5, 0.8), dtype=dtype, repeats=2, on_repeat=lambda *c: calls.append(c)
+    )
+    assert [(row.impl, row.sparsity) for row in rows] == [
+        ("dense", 0.0),
+        ("torch", 0.5),
+        ("torch", 0.8),
+    ]
+    assert [row.num_selected for row in rows] == [4, 2, 1]
+    assert all(row.num_key_blocks == 4 for row in rows)
+    assert all(row.milliseconds >= row.fastest_milliseconds > 0 for row in rows)
+    assert rows[0].speedup == 1
+    assert rows[1].speedup == pytest.approx(rows[0].milliseconds / rows[1].milliseconds)
+    assert calls == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_one_sparsity_and_chosen_implementations():
+    rows = bench_operator(1, 65, 1, 8, 0.5, impls=["reference", "torch"], repeats=1)
+    assert [row.impl for row in rows] == ["dense", "reference", "torch"]
+    assert isinstance(rows[0], BenchRow)
+
+
+def test_refuses_to_time_a_wrong_implementation(monkeypatch):
+    from sla_video.kernels import bench
+
+    real = bench._sla2
+
+    def wrong(query, key, value, sparsity, impl):
+        run = real(query, key, value, sparsity, impl)
+        return (lambda: run() + 1) if impl == "torch" else run
+
+    monkeypatch.setattr(bench, "_sla2", wrong)
+    with pytest.raises(RuntimeError, match=r"'torch' differs from the reference by 1\.00e\+00"):
+        bench_operator(1, 65, 1, 8, 0.5, repeats=1)
+
+
+@pytest.mark.parametrize("name", ["batch", "length", "heads", "head_dim", "repeats"])
+def test_bad_sizes(name):
+    sizes = {"batch": 1, "length": 8, "heads": 1, "head_dim": 8, "repeats": 1} | {name: 0}
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        bench_operator(sparsity=0.5, **sizes)
+
+
+def test_bad_sparsity():
+    with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\), got 1.5"):
+        bench_operator(1, 8, 1, 8, 1.5)
