@@ -27,9 +27,11 @@ from sla_video.pipelines.tiny_wan.grammar import Motion, ObjectSpec, Scene
 from sla_video.pipelines.tiny_wan.segmentation import segment
 
 Clip = NDArray[np.uint8]
+Kinds = dict[str, Callable[[Clip], Clip] | None]
 # Which check should fail, why, and the scene to hold against the clip.
 Control = tuple[str, str, Scene]
 
+# Standard deviations: in pixels of a full-size frame, and in gray levels.
 BLUR = 1.5
 NOISE = 6.0
 JPEG_QUALITY = 50
@@ -53,14 +55,30 @@ def degrade(clip: Clip, rng: np.random.Generator) -> Clip:
     from scipy.ndimage import gaussian_filter
 
     frames = []
+    blur = BLUR * clip.shape[1] / render.FRAME_SIZE
     for frame in clip:
-        soft = gaussian_filter(frame.astype(np.float32), (BLUR, BLUR, 0))
+        soft = gaussian_filter(frame.astype(np.float32), (blur, blur, 0))
         noisy = soft + NOISE * rng.standard_normal(soft.shape, dtype=np.float32)
         buffer = io.BytesIO()
         image = Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
         frames.append(np.asarray(Image.open(buffer)))
     return np.stack(frames)
+
+
+def through_vae(folder: str) -> Callable[[Clip], Clip]:
+    """A function that encodes a clip with a video VAE and decodes it again."""
+    from diffusers import AutoencoderKLWan
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = AutoencoderKLWan.from_pretrained(folder).to(device).eval()
+
+    @torch.no_grad()
+    def reconstruct(clip: Clip) -> Clip:
+        video = torch.from_numpy(clip).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        return as_clip(vae.decode(vae.encode(video).latent_dist.mode()).sample[0].cpu())
+
+    return reconstruct
 
 
 def wrong_prompts(scene: Scene, params: render.ClipParams, rng: random.Random) -> list[Control]:
@@ -92,14 +110,20 @@ def wrong_prompts(scene: Scene, params: render.ClipParams, rng: random.Random) -
             )
             add("shape", "shapes exchanged", objects=swapped)
         add(
-            "count", "one object asked for",
-            objects=objects[:1], motions=(Motion(kind="still"),), relation="single",
+            "count",
+            "one object asked for",
+            objects=objects[:1],
+            motions=(Motion(kind="still"),),
+            relation="single",
         )
     else:
         extra = ObjectSpec(colour=other(grammar.COLOURS, *used), shape="circle")
         add(
-            "count", "two objects asked for",
-            objects=(*objects, extra), motions=scene.motions * 2, relation="independent",
+            "count",
+            "two objects asked for",
+            objects=(*objects, extra),
+            motions=scene.motions * 2,
+            relation="independent",
         )
     for why, motion in _other_motions(scene.motions[0], rng):
         motions = (motion, *scene.motions[1:])
@@ -182,19 +206,28 @@ def spoiled_clips(
 
 
 def agreement(
-    scenes: int, size: int, seed: int = 0, spoil: Callable[[Clip], Clip] | None = None
-) -> tuple[dict[str, float], float]:
-    """Percent of clips that pass each check against their own prompt, and seconds per clip."""
+    scenes: int, size: int, seed: int = 0, kinds: Kinds | None = None
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Hold clips against their own prompts.
+
+    Returns:
+        For each of `kinds` (by default "as rendered"), a function that changes a clip first, the
+        percent of clips that pass each check; and the median of the seconds per clip.
+    """
     rng = random.Random(seed)
-    results, seconds = [], []
+    kinds = kinds or {"as rendered": None}
+    results: dict[str, list[adherence.Adherence]] = {kind: [] for kind in kinds}
+    seconds = []
     for i in range(scenes):
         scene = grammar.sample_scene(rng, held_out=i % 4 == 0)
         _, clip = draw(scene, rng, size)
-        clip = spoil(clip) if spoil else clip
-        start = time.perf_counter()
-        results.append(adherence.measure(clip, scene))
-        seconds.append(time.perf_counter() - start)
-    return adherence.summary(results), statistics.median(seconds)
+        for kind, change in kinds.items():
+            changed = change(clip) if change else clip
+            start = time.perf_counter()
+            results[kind].append(adherence.measure(changed, scene))
+            seconds.append(time.perf_counter() - start)
+    tables = {kind: adherence.summary(found) for kind, found in results.items()}
+    return tables, statistics.median(seconds)
 
 
 def control_rates(scenes: int, size: int, seed: int = 0) -> dict[tuple[str, str], list[bool]]:
@@ -218,16 +251,20 @@ def main() -> None:
     parser.add_argument("--controls", type=int, help="scenes for the controls (default: a third)")
     parser.add_argument("--size", type=int, default=256, help="pixels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae", help="folder of an AutoencoderKLWan to pass the clips through too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     noise = np.random.default_rng(args.seed)
-    clean, seconds = agreement(args.scenes, args.size, args.seed)
-    rough, _ = agreement(args.scenes, args.size, args.seed, lambda clip: degrade(clip, noise))
-    print(f"{args.scenes} scenes of 25x{args.size}x{args.size}, {seconds:.3f} s per clip\n")
-    print(f"{'passed, %':<12}{'clips':>7}{'as rendered':>13}{'degraded':>10}")
+    kinds: Kinds = {"as rendered": None, "degraded": lambda clip: degrade(clip, noise)}
+    if args.vae:
+        kinds["through VAE"] = through_vae(args.vae)
+    tables, seconds = agreement(args.scenes, args.size, args.seed, kinds)
+    print(f"{args.scenes} clips of 25x{args.size}x{args.size}, {seconds:.3f} s each to measure")
+    print(f"\n{'passed, %':<12}{'clips':>7}" + "".join(f"{kind:>13}" for kind in kinds))
     for name in adherence.COLUMNS:
-        number = int(clean[f"{name}_n"])
-        print(f"{name:<12}{number:>7}{clean[name]:>13.2f}{rough[name]:>10.2f}")
+        number = int(tables["as rendered"][f"{name}_n"])
+        shares = "".join(f"{table[name]:>13.2f}" for table in tables.values())
+        print(f"{name:<12}{number:>7}{shares}", flush=True)
     print(f"\n{'rightly failed, %':<36}{'clips':>7}")
     controls = args.controls or max(1, args.scenes // 3)
     for (column, why), failed in sorted(control_rates(controls, args.size, args.seed).items()):

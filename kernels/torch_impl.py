@@ -1,7 +1,7 @@
 """SLA2 without custom kernels: gathered key blocks, batched matmuls, any device torch runs on.
 
-Per head group: copy K and V into contiguous blocks once, reduce the blocks left to the linear
-branch to one D x D state per query block, then visit the query blocks in chunks and mix
+Per head group: copy K and V into contiguous blocks, reduce the blocks left to the linear branch to
+one D x D state S and one D-vector z per query block, then visit the query blocks in chunks and mix
 
     O = alpha softmax(Q Ksel^T / sqrt(D)) Vsel + (1 - alpha) phi(Q) S / (phi(Q) z)
 
@@ -11,15 +11,13 @@ elsewhere they are sized to bound memory. Nothing synchronises with the host.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sla_video.kernels.options import Options, PhiK
 from sla_video.kernels.router import Router
-from sla_video.kernels.routing import Routing, compute_dtype, num_blocks, route
+from sla_video.kernels.routing import compute_dtype, num_blocks, route
 from sla_video.kernels.torch_sparse import SparseBranch
 
 # Scores of one chunk per thread, in elements: small enough to be reused from cache.
@@ -29,14 +27,6 @@ _CPU_GROUP_BYTES = 8 * 2**20
 # The same two budgets where memory, not cache, is the limit.
 _CHUNK_ELEMENTS = 64 * 2**20
 _GROUP_BYTES = 2 * 2**30
-
-
-class _Linear(NamedTuple):
-    """Linear branch of one head group: states `[h, M, D, D]`, normalisers `[h, M, D, 1]`."""
-
-    state: Tensor
-    normaliser: Tensor
-    alpha: Tensor
 
 
 def sla2_torch(
@@ -67,16 +57,22 @@ def sla2_torch(
     out_rows = out.unflatten(1, (num_q, block_q)).permute(0, 3, 1, 2, 4)
     lse = query.new_empty(batch, heads, num_q, block_q, dtype=compute) if need_lse else None
 
-    group, chunk = _schedule(query, options, num_q, kept)
+    learning = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, plan.alpha)
+    )
+    group, chunk = _schedule(query, options, num_q, kept, learning)
     for b in range(batch):
         for h in range(0, heads, group):
             heads_now = slice(h, h + group)
             keys = _head_blocks(key[b, :, heads_now], block_k)
             values = _head_blocks(value[b, :, heads_now], block_k)
             key_mean = plan.key_mean[b, heads_now]
-            linear = _linear_branch(
-                keys, values, key_mean, plan, (b, heads_now), length, options.phi_k
-            )
+            linear = None
+            if plan.dropped is not None:
+                features = _key_features(keys, key_mean, length, options.phi_k)
+                linear = _linear_branch(
+                    rows[b, heads_now], features, values, plan.dropped[b, heads_now]
+                )
             sparse = SparseBranch(
                 keys,
                 values,
@@ -90,24 +86,32 @@ def sla2_torch(
                 result, lse_here = sparse(
                     rows[here], plan.indices[here], None if plan.valid is None else plan.valid[here]
                 )
-                if linear is not None:
-                    result = _mix(result, rows[here].to(compute), linear, slice(m, m + chunk))
+                if linear is not None and plan.alpha is not None:
+                    alpha = plan.alpha[here][..., None, None]
+                    result = torch.lerp(linear[:, m : m + chunk], result, alpha)
                 out_rows[here] = result
                 if lse is not None and lse_here is not None:
                     lse[here] = lse_here
     return out[:, :length], None if lse is None else lse.flatten(2)[..., :length]
 
 
-def _schedule(query: Tensor, options: Options, num_q: int, kept: int) -> tuple[int, int]:
+@torch.compiler.assume_constant_result
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+def _schedule(
+    query: Tensor, options: Options, num_q: int, kept: int, learning: bool
+) -> tuple[int, int]:
     """Heads per group and query blocks per chunk."""
     length, heads, head_dim = query.shape[1:]
     num_k = num_blocks(length, options.block_k)
     scores = options.block_q * kept * options.block_k
     group_bytes = 4 * (3 * length * head_dim + (num_q + num_k) * head_dim**2)
     # Autograd keeps every chunk anyway, so small ones would only add calls.
-    if query.device.type == "cpu" and not torch.is_grad_enabled():
+    if query.device.type == "cpu" and not learning:
         group = max(1, _CPU_GROUP_BYTES // group_bytes)
-        chunk = torch.get_num_threads() * max(1, _CPU_CHUNK_ELEMENTS // scores)
+        chunk = _num_threads() * max(1, _CPU_CHUNK_ELEMENTS // scores)
     else:
         group = max(1, _GROUP_BYTES // group_bytes)
         chunk = max(1, _CHUNK_ELEMENTS // scores)
@@ -124,43 +128,30 @@ def _head_blocks(x: Tensor, block: int) -> Tensor:
     return x.reshape(x.shape[0], -1, block, x.shape[2]).contiguous()
 
 
-def _linear_branch(
-    keys: Tensor,
-    values: Tensor,
-    key_mean: Tensor,
-    plan: Routing,
-    here: tuple[int, slice],
-    length: int,
-    phi_k: PhiK,
-) -> _Linear | None:
-    """Sum the states of the blocks each query block drops; None when it drops none.
+def _key_features(keys: Tensor, key_mean: Tensor, length: int, phi_k: PhiK) -> Tensor:
+    """phi of keys `[h, N, block_k, D]`, zero for tokens beyond L; key_mean is `[h, D]`."""
+    tokens = keys.flatten(1, 2)[:, :length].to(key_mean.dtype)
+    features = torch.softmax(tokens - key_mean[:, None] if phi_k == "smoothed" else tokens, -1)
+    # Padding after the softmax leaves absent tokens without weight.
+    padding = keys.shape[1] * keys.shape[2] - length
+    features = F.pad(features, (0, 0, 0, padding)) if padding else features
+    return features.view(keys.shape)
+
+
+def _linear_branch(rows: Tensor, key_features: Tensor, values: Tensor, dropped: Tensor) -> Tensor:
+    """O_l `[h, M, block_q, D]` of rows of the same shape over the blocks in dropped `[h, M, N]`.
 
     Summing what is dropped, rather than subtracting what is selected from the total, costs a
     small matmul and loses nothing to cancellation.
     """
-    if plan.dropped is None or plan.alpha is None:
-        return None
-    tokens = keys.flatten(1, 2)[:, :length].to(key_mean.dtype)
-    features = torch.softmax(tokens - key_mean[:, None] if phi_k == "smoothed" else tokens, -1)
-    # [h, N, block_k, D]; padding after the softmax leaves absent tokens without weight.
-    padding = keys.shape[1] * keys.shape[2] - length
-    features = F.pad(features, (0, 0, 0, padding)) if padding else features
-    features = features.view(keys.shape)
-    # [h, N, D, D]
-    states = features.mT @ values.to(features.dtype)
-    dropped = plan.dropped[here]
-    return _Linear(
-        (dropped @ states.flatten(2)).unflatten(-1, states.shape[-2:]),
-        (dropped @ features.sum(2)).unsqueeze(-1),
-        plan.alpha[here],
-    )
-
-
-def _mix(sparse: Tensor, rows: Tensor, linear: _Linear, chunk: slice) -> Tensor:
-    """`alpha O_s + (1 - alpha) O_l` for rows and sparse `[h, m, block_q, D]`."""
-    features = torch.softmax(rows, -1)
-    weight = features @ linear.normaliser[:, chunk]
+    # [h, N, D, D] -> [h, M, D, D]
+    states = key_features.mT @ values.to(key_features.dtype)
+    states = (dropped @ states.flatten(2)).unflatten(-1, states.shape[-2:])
+    # [h, M, D, 1]
+    normaliser = (dropped @ key_features.sum(2)).unsqueeze(-1)
+    features = torch.softmax(rows.to(key_features.dtype), -1)
+    weight = features @ normaliser
     # Zero where a row drops nothing: then the numerator is zero too, and alpha is 1.
     weight = torch.where(weight > 0, weight, torch.ones_like(weight))
-    result = (features @ linear.state[:, chunk]) / weight
-    return torch.lerp(result, sparse, linear.alpha[:, chunk, None, None])
+    out: Tensor = (features @ states) / weight
+    return out

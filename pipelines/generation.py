@@ -104,10 +104,11 @@ def _warn_about_prompts(plan: GenerationPlan) -> None:
         return
     from sla_video.pipelines.tiny_wan.grammar import check_prompt
 
-    for prompt in dict.fromkeys(video.prompt for video in plan.videos):
-        warning = check_prompt(prompt)
-        if warning:
-            logger.warning("%s", warning)
+    prompts = dict.fromkeys(video.prompt for video in plan.videos)
+    warnings = {prompt: text for prompt in prompts if (text := check_prompt(prompt))}
+    for index, (prompt, text) in enumerate(warnings.items()):
+        # The text holds the whole grammar, which is enough to read once.
+        logger.warning("%s", text if index == 0 else f"{prompt!r} is outside the grammar too")
 
 
 def _load(request: GenerationRequest, plan: GenerationPlan, progress: Progress) -> _Loaded:

@@ -127,7 +127,13 @@ def find_model(name: str) -> ModelSource:
         InputError: no such model, not a Wan pipeline, unreadable files, or the hub out of reach.
     """
     if name == EMBEDDED_MODEL:
-        return _from_folder(name, embedded_folder())
+        folder = embedded_folder()
+        if not folder.is_dir():
+            raise InputError(
+                f"the embedded model {name!r} is missing from this installation ({folder}): "
+                "install sla-video again, or give another --model"
+            )
+        return _from_folder(name, folder)
     path = Path(name).expanduser()
     if path.exists():
         return _from_folder(name, path)

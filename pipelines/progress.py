@@ -95,6 +95,7 @@ def _new_bar() -> RichProgress:
         TimeLeftColumn(),
         console=console,
         transient=True,
+        refresh_per_second=4,
         disable=not console.is_terminal,
         # What goes to stdout must stay there; warnings on stderr are shown above the bar.
         redirect_stdout=False,

@@ -111,6 +111,9 @@ class OutputFolder:
             raise InputError(
                 f"cannot write to {self.folder}: {error.strerror or error}; give another --out"
             ) from error
+        except BaseException:  # an interruption before the `with` block is entered
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -56,3 +56,14 @@ def program_environment(**environment: str) -> dict[str, str]:
 def files_below(folder: Path) -> list[str]:
     """All files and folders below `folder`, hidden ones included."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """One line on stderr that holds all `words`, nothing on stdout, exit code 2."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert outcome.err.startswith("sla-video: ")
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err, outcome.err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +26,29 @@ def tiny_pipeline_dir(tiny_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-pipeline")
     tiny_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(tiny_pipeline_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline, to be broken."""
+    return Path(shutil.copytree(tiny_pipeline_dir, tmp_path / "broken"))
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if bad input is noticed only after the model has been loaded."""
+    from sla_video.pipelines import loading
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(loading, "load_pipeline", load)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, settings
 
+from sla_video.kernels.options import Options
 from sla_video.kernels.router import Router
 
 # Same examples on every run and machine; no deadline, since machines are busy.
@@ -47,6 +48,23 @@ def fixed_alpha_router(alpha_logit, heads, head_dim, dtype=torch.float64):
     with torch.no_grad():
         router.alpha_table.fill_(alpha_logit)
     return router
+
+
+def options(**changes):
+    """Options of a small operator, some of them changed."""
+    values = {
+        "sparsity": 0.7,
+        "block_q": 16,
+        "block_k": 8,
+        "sparse_dtype": "bf16",
+        "phi_k": "smoothed",
+        "selection": "top_k",
+        "top_p": 0.9,
+        "min_selected": 1,
+        "max_selected": None,
+        "tau": 0.1,
+    }
+    return Options(**(values | changes))
 
 
 def dense_attention(query, key, value, mask=None):

@@ -59,7 +59,8 @@ def draw_disc(clip: np.ndarray, frame: int, centre, radius: float, colour: str) 
     ],
 )
 def test_rendered_clips_pass_every_check(validate, size, scenes, each, joint):
-    table, seconds = validate.agreement(scenes, size, seed=1)
+    tables, seconds = validate.agreement(scenes, size, seed=1)
+    table = tables["as rendered"]
     assert {name for name in CHECKS if table[name] < each} == set()
     assert table["all"] >= joint
     # Five times the budget of a quiet core: this catches a blow-up, not a busy machine.
@@ -68,7 +69,8 @@ def test_rendered_clips_pass_every_check(validate, size, scenes, each, joint):
 
 def test_blurred_noisy_compressed_clips_pass_too(validate):
     noise = np.random.default_rng(0)
-    table, _ = validate.agreement(20, 256, 2, lambda clip: validate.degrade(clip, noise))
+    kinds = {"degraded": lambda clip: validate.degrade(clip, noise)}
+    table = validate.agreement(20, 256, 2, kinds)[0]["degraded"]
     assert {name for name in CHECKS if table[name] < 95} == set()
     assert table["all"] >= 95
 
@@ -127,12 +129,15 @@ def test_directions_are_told_apart_at_half_the_angle_between_them(degrees):
     assert judge(clip, "a blue circle moves right").direction == (abs(degrees) < 22.5)
 
 
-@pytest.mark.parametrize(("travel", "moves", "still"), [
-    pytest.param(0.0, False, True, id="none"),
-    pytest.param(0.02, False, True, id="hardly"),
-    pytest.param(0.13, False, False, id="neither"),
-    pytest.param(0.3, True, False, id="enough"),
-])
+@pytest.mark.parametrize(
+    ("travel", "moves", "still"),
+    [
+        pytest.param(0.0, False, True, id="none"),
+        pytest.param(0.02, False, True, id="hardly"),
+        pytest.param(0.13, False, False, id="neither"),
+        pytest.param(0.3, True, False, id="enough"),
+    ],
+)
 def test_a_move_needs_some_travel_and_stillness_its_absence(travel, moves, still):
     clip = np.full((25, 64, 64, 3), 245, dtype=np.uint8)
     for frame in range(25):
@@ -206,22 +211,30 @@ def test_every_form_of_clip_gives_the_same_answer():
     clip = clip_of(prompt)
     scene = grammar.parse(prompt)
     expected = adherence.measure(clip, scene)
-    forms = [clip / 255, (clip / 255).astype(np.float32), torch.from_numpy(clip),
-             torch.from_numpy(clip).float() / 255, (torch.from_numpy(clip) / 255).bfloat16()]
+    forms = [
+        clip / 255,
+        (clip / 255).astype(np.float32),
+        torch.from_numpy(clip),
+        torch.from_numpy(clip).float() / 255,
+        (torch.from_numpy(clip) / 255).bfloat16(),
+    ]
     assert expected.all
     assert all(adherence.measure(form, scene) == expected for form in forms)
     assert adherence.measure_many([clip, clip], [scene, scene]) == [expected, expected]
 
 
-@pytest.mark.parametrize(("clip", "error", "text"), [
-    pytest.param(np.zeros((25, 64, 64), np.uint8), ValueError, "shape", id="no-channels"),
-    pytest.param(np.zeros((25, 3, 64, 64), np.uint8), ValueError, "shape", id="channels-first"),
-    pytest.param(np.zeros((0, 64, 64, 3), np.uint8), ValueError, "shape", id="empty"),
-    pytest.param(np.zeros((2, 64, 64, 3), np.int64), ValueError, "int64", id="int64"),
-    pytest.param(np.full((2, 64, 64, 3), -1.0), ValueError, "[0, 1]", id="out-of-range"),
-    pytest.param(np.full((2, 64, 64, 3), np.nan), ValueError, "[0, 1]", id="nan"),
-    pytest.param([[0.0]], TypeError, "list", id="list"),
-])
+@pytest.mark.parametrize(
+    ("clip", "error", "text"),
+    [
+        pytest.param(np.zeros((25, 64, 64), np.uint8), ValueError, "shape", id="no-channels"),
+        pytest.param(np.zeros((25, 3, 64, 64), np.uint8), ValueError, "shape", id="channels-first"),
+        pytest.param(np.zeros((0, 64, 64, 3), np.uint8), ValueError, "shape", id="empty"),
+        pytest.param(np.zeros((2, 64, 64, 3), np.int64), ValueError, "int64", id="int64"),
+        pytest.param(np.full((2, 64, 64, 3), -1.0), ValueError, "[0, 1]", id="out-of-range"),
+        pytest.param(np.full((2, 64, 64, 3), np.nan), ValueError, "[0, 1]", id="nan"),
+        pytest.param([[0.0]], TypeError, "list", id="list"),
+    ],
+)
 def test_what_is_not_a_clip_is_refused(clip, error, text):
     with pytest.raises(error) as caught:
         judge(clip, "a red circle moves left")
@@ -237,7 +250,8 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
 def test_summary_counts_only_what_applies():
     scene = Scene(
         objects=(ObjectSpec(colour="red", shape="circle"),),
-        motions=(Motion(kind="still"),), relation="single",
+        motions=(Motion(kind="still"),),
+        relation="single",
     )
     good = adherence.measure(clip_of("a red circle stays still", size=64), scene)
     bad = replace(good, colour=False, size=False)

@@ -99,13 +99,15 @@ def embedded(tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("embedded")
 def test_prompts_outside_the_grammar_are_warned_about(tmp_path: Path) -> None:
-    outcome = call("generate", "a cat surfing", SENTENCE, *SMALL, "--out", tmp_path)
+    prompts = ("a cat surfing", SENTENCE, "a dog")
+    outcome = call("generate", *prompts, *SMALL, "--out", tmp_path)
     assert outcome.code == 0
-    assert len(outcome.out.splitlines()) == 2
+    assert len(outcome.out.splitlines()) == 3
     assert outcome.err.startswith("sla-video: warning: ")
-    assert outcome.err.count("warning") == 1
+    assert outcome.err.count("warning") == 2
     assert "'a cat surfing' is outside its grammar" in outcome.err
-    assert GRAMMAR_TEXT in outcome.err
+    assert "'a dog' is outside the grammar too" in outcome.err
+    assert outcome.err.count(GRAMMAR_TEXT) == 1
 
 
 @pytest.mark.usefixtures("embedded")

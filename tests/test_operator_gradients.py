@@ -89,7 +89,7 @@ def test_torch_gradients_are_those_of_the_reference(length, selection, sparse_dt
             return_lse=True,
         )
         loss = (out * weight).sum() + lse.square().sum()
-        gradients.append(torch.autograd.grad(loss, inputs))
+        gradients.append(torch.autograd.grad(loss, [*inputs, *parameters.values()]))
     for got, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-10)
 

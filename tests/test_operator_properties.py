@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from operator_inputs import (
     dense_attention,
     fixed_alpha_router,
+    options,
     random_qkv,
     random_router,
     rms,
@@ -20,27 +21,10 @@ from operator_inputs import (
 )
 
 from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
-from sla_video.kernels.options import Options
 from sla_video.kernels.routing import route
 
 IMPLS = ["reference", "torch"]
 each_impl = pytest.mark.parametrize("impl", IMPLS)
-
-
-def options(**changes):
-    values = {
-        "sparsity": 0.7,
-        "block_q": 16,
-        "block_k": 8,
-        "sparse_dtype": "bf16",
-        "phi_k": "smoothed",
-        "selection": "top_k",
-        "top_p": 0.9,
-        "min_selected": 1,
-        "max_selected": None,
-        "tau": 0.1,
-    }
-    return Options(**(values | changes))
 
 
 @each_impl

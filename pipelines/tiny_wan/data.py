@@ -43,9 +43,7 @@ class SceneStream(IterableDataset[Batch]):
             yield draw_batch(self.batch_size, rng, tokenizer)
 
 
-def draw_batch(
-    count: int, rng: random.Random, tokenizer: PreTrainedTokenizerFast | None
-) -> Batch:
+def draw_batch(count: int, rng: random.Random, tokenizer: PreTrainedTokenizerFast | None) -> Batch:
     scenes = [sample_scene(rng) for _ in range(count)]
     params = place(scenes, rng)
     batch = {f.name: getattr(params, f.name) for f in fields(params)}

@@ -34,9 +34,9 @@ from sla_video.pipelines.tiny_wan.models import (
     build_text_encoder,
     build_tokenizer,
     build_transformer,
+    load_vae,
 )
 from sla_video.pipelines.tiny_wan.render import FRAME_SIZE, NUM_FRAMES
-from sla_video.pipelines.tiny_wan.train_transformer import load_vae
 
 HELD_OUT_SEED = 4242
 SHEET_ROWS = 12
@@ -79,10 +79,12 @@ def generate(pipe: WanPipeline, prompts: list[str], first: int, args: argparse.N
     device = pipe.transformer.device
     generators = [torch.Generator("cpu").manual_seed(first + i) for i in range(len(prompts))]
     side, channels = args.size // 8, pipe.transformer.config.in_channels
-    latents = torch.cat([
-        torch.randn(1, channels, (NUM_FRAMES - 1) // 4 + 1, side, side, generator=g)
-        for g in generators
-    ])
+    latents = torch.cat(
+        [
+            torch.randn(1, channels, (NUM_FRAMES - 1) // 4 + 1, side, side, generator=g)
+            for g in generators
+        ]
+    )
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         frames = pipe(
             prompts,
@@ -98,7 +100,11 @@ def generate(pipe: WanPipeline, prompts: list[str], first: int, args: argparse.N
 
 
 def run_setting(
-    pipe: WanPipeline, setting: str, prompts: list[str], numbers: list[int], args: argparse.Namespace
+    pipe: WanPipeline,
+    setting: str,
+    prompts: list[str],
+    numbers: list[int],
+    args: argparse.Namespace,
 ) -> tuple[Any, float]:
     """Videos of one setting, "dense" or a sparsity, and the seconds they took."""
     handle = None if setting == "dense" else enable_sla(pipe, sparsity=float(setting))

@@ -202,7 +202,7 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 def _noun(obj: ObjectSpec) -> str:
     words = [obj.size, obj.colour, obj.shape] if obj.size else [obj.colour, obj.shape]
-    article = "an" if words[0][0] in "aeiou" else "a"  # type: ignore[index]
+    article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([article, *[w for w in words if w]])
 
 
@@ -229,7 +229,11 @@ _DIRECTION = "|".join(sorted(_DIRECTION_OF, key=len, reverse=True))
 
 
 def _verb(words: tuple[str, ...], group: str) -> str:
-    return "(?:" + "|".join(w.format(d=f"(?P<{group}_{k}>{_DIRECTION})") for k, w in enumerate(words)) + ")"
+    return (
+        "(?:"
+        + "|".join(w.format(d=f"(?P<{group}_{k}>{_DIRECTION})") for k, w in enumerate(words))
+        + ")"
+    )
 
 
 def _alone_pattern(i: int) -> str:
@@ -308,9 +312,7 @@ def _scene_of(
         motions = (first, Motion(kind="move", direction=OPPOSITE[first.direction]))
     else:
         motions = tuple(_motion_of(groups, i) for i in range(count))
-    bouncing_diagonally = any(
-        m.kind == "bounce" and m.direction not in CARDINALS for m in motions
-    )
+    bouncing_diagonally = any(m.kind == "bounce" and m.direction not in CARDINALS for m in motions)
     bouncing_pair = count == 2 and any(m.kind == "bounce" for m in motions)
     same_colour = count == 2 and objects[0].colour == objects[1].colour
     if bouncing_diagonally or bouncing_pair or same_colour:

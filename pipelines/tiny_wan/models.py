@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from sla_video.pipelines.tiny_wan import grammar
+from sla_video.pipelines.tiny_wan import checkpoints, grammar
 
 LATENT_CHANNELS = 8
 TEXT_DIM = 256
@@ -103,6 +103,20 @@ def build_vae(
     )
 
 
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """The VAE of a `train_vae` checkpoint, or of a pipeline folder."""
+    if (folder / "vae" / "config.json").is_file():
+        vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(folder / "vae")
+        return vae.eval().requires_grad_(False)
+    found = checkpoints.newest(folder)
+    if found is None:
+        raise SystemExit(f"no checkpoint and no pipeline in {folder}")
+    state = checkpoints.load_state(found)
+    vae = build_vae(state["latents_mean"], state["latents_std"])
+    vae.load_state_dict(checkpoints.load_group(found, "vae"))
+    return vae.eval().requires_grad_(False)
+
+
 def build_scheduler(shift: float = FLOW_SHIFT) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=shift)
 
@@ -123,7 +137,8 @@ def encode_clip(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
         if isinstance(layer, WanResample) and layer.mode == "downsample3d":
             x = torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
     x = encoder.mid_block(x)
-    return vae.quant_conv(encoder.conv_out(encoder.nonlinearity(encoder.norm_out(x))))
+    moments: Tensor = vae.quant_conv(encoder.conv_out(encoder.nonlinearity(encoder.norm_out(x))))
+    return moments
 
 
 def decode_clip(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -138,7 +153,8 @@ def decode_clip(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
                 x = torch.cat([x[:, :, :1], _double_frames(layer, x[:, :, 1:])], dim=2)
             x = layer(x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
-    return unpatchify(x, vae.config.patch_size or 1)
+    video: Tensor = unpatchify(x, vae.config.patch_size or 1)
+    return video
 
 
 def _double_frames(layer: WanResample, x: Tensor) -> Tensor:

@@ -81,8 +81,12 @@ def place(scenes: Sequence[Scene], rng: random.Random, num_frames: int = NUM_FRA
         return torch.rand(*shape, generator=generator)
 
     count = len(scenes)
-    colour = torch.tensor([_pair([grammar.COLOURS.index(o.colour) for o in s.objects]) for s in scenes])
-    shape = torch.tensor([_pair([grammar.SHAPES.index(o.shape) for o in s.objects]) for s in scenes])
+    colour = torch.tensor(
+        [_pair([grammar.COLOURS.index(o.colour) for o in s.objects]) for s in scenes]
+    )
+    shape = torch.tensor(
+        [_pair([grammar.SHAPES.index(o.shape) for o in s.objects]) for s in scenes]
+    )
     sizes = [_pair([o.size or rng.choice(grammar.SIZES) for o in s.objects]) for s in scenes]
     bounds = torch.tensor([[RADIUS[a], RADIUS[b]] for a, b in sizes])
     radius = bounds[..., 0] + uniform(count, 2) * (bounds[..., 1] - bounds[..., 0])
@@ -113,10 +117,15 @@ def _paths(scenes, radius, uniform, num_frames):  # type: ignore[no-untyped-def]
     # [T]
     time = torch.linspace(0, 1, num_frames)
     # [B, 2, 2]
-    vectors = torch.tensor([
-        [grammar.DIRECTION_VECTORS.get(m.direction or "", (0, 0)) for m in _pair(list(s.motions))]
-        for s in scenes
-    ]).float()
+    vectors = torch.tensor(
+        [
+            [
+                grammar.DIRECTION_VECTORS.get(m.direction or "", (0, 0))
+                for m in _pair(list(s.motions))
+            ]
+            for s in scenes
+        ]
+    ).float()
     kinds = [[m.kind for m in _pair(list(s.motions))] for s in scenes]
     bounce = torch.tensor([[k == "bounce" for k in pair] for pair in kinds])
     meet = torch.tensor([pair[0] == "meet" for pair in kinds])
@@ -125,18 +134,29 @@ def _paths(scenes, radius, uniform, num_frames):  # type: ignore[no-untyped-def]
     low = (radius + MARGIN)[:, None, :, None]
     room = 1 - 2 * low
     diagonal = (vectors.abs().sum(-1) == 2)[:, None, :, None]
-    travel = torch.where(diagonal, 0.30 + 0.16 * uniform(count, tries, 2, 1),
-                         0.36 + 0.24 * uniform(count, tries, 2, 1))
+    travel = torch.where(
+        diagonal,
+        0.30 + 0.16 * uniform(count, tries, 2, 1),
+        0.36 + 0.24 * uniform(count, tries, 2, 1),
+    )
     travel = torch.where(tied[:, None, None, None], travel[:, :, :1], travel)
     travel = torch.minimum(travel, room * 0.95)
     travel = torch.where(tied[:, None, None, None], travel.amin(2, keepdim=True), travel)
     # [B, K, 2, 2]
     displacement = vectors[:, None] * travel
-    start = low + (-displacement).clamp(min=0) + (room - displacement.abs()) * uniform(count, tries, 2, 2)
+    start = (
+        low
+        + (-displacement).clamp(min=0)
+        + (room - displacement.abs()) * uniform(count, tries, 2, 2)
+    )
     # [B, K, 2, T, 2]
     path = start[:, :, :, None] + displacement[:, :, :, None] * time[:, None]
-    path = torch.where(bounce[:, None, :, None, None], _bouncing(vectors, radius, uniform, tries, time), path)
-    path = torch.where(meet[:, None, None, None, None], _meeting(radius, uniform, tries, time), path)
+    path = torch.where(
+        bounce[:, None, :, None, None], _bouncing(vectors, radius, uniform, tries, time), path
+    )
+    path = torch.where(
+        meet[:, None, None, None, None], _meeting(radius, uniform, tries, time), path
+    )
     # [B, K]: smallest gap between the two outlines over time
     gap = (path[:, :, 0] - path[:, :, 1]).norm(dim=-1).amin(-1) - radius.sum(-1)[:, None] * 1.02
     alone = radius[:, 1] == 0
@@ -158,7 +178,9 @@ def _bouncing(vectors, radius, uniform, tries, time):  # type: ignore[no-untyped
     direction = vectors[:, None, :, None]
     wall = torch.where(direction > 0, 1 - low[..., None], low[..., None])
     free = (low + MARGIN + (1 - 2 * (low + MARGIN)) * uniform(count, tries, 2, 2))[:, :, :, None]
-    return torch.where(direction == 0, free.expand(-1, -1, -1, len(time), -1), wall - direction * away)
+    return torch.where(
+        direction == 0, free.expand(-1, -1, -1, len(time), -1), wall - direction * away
+    )
 
 
 def _meeting(radius, uniform, tries, time):  # type: ignore[no-untyped-def]
@@ -168,8 +190,11 @@ def _meeting(radius, uniform, tries, time):  # type: ignore[no-untyped-def]
     end = (0.75 + 0.2 * uniform(count, tries))[:, :, None, None, None]
     progress = (time[:, None] / end).clamp(max=1)
     closed = (radius.sum(-1) + GAP)[:, None, None]
-    apart = closed + 0.34 + (0.96 - 2 * radius.sum(-1)[:, None, None] - 0.36).clamp(min=0.02) * uniform(
-        count, tries, 1
+    apart = (
+        closed
+        + 0.34
+        + (0.96 - 2 * radius.sum(-1)[:, None, None] - 0.36).clamp(min=0.02)
+        * uniform(count, tries, 1)
     )
     low = (radius + MARGIN)[:, None]
     first, second = low[..., :1], low[..., 1:]
@@ -177,7 +202,9 @@ def _meeting(radius, uniform, tries, time):  # type: ignore[no-untyped-def]
     # [B, K, 1]: the first object's place along the axis, and both across it
     begin = first + (1 - first - second - apart) * uniform(count, tries, 1)
     middle_shift = (apart - closed) / 2
-    cross = low.amax(-1, keepdim=True) + (1 - 2 * low.amax(-1, keepdim=True)) * uniform(count, tries, 1)
+    cross = low.amax(-1, keepdim=True) + (1 - 2 * low.amax(-1, keepdim=True)) * uniform(
+        count, tries, 1
+    )
     along_first = begin[..., None, None] + middle_shift[..., None, None] * progress
     along_second = (begin + apart)[..., None, None] - middle_shift[..., None, None] * progress
     along = torch.cat([along_first, along_second], dim=2)
@@ -250,9 +277,7 @@ def _background(params: ClipParams, x: Tensor, y: Tensor, pixels_per_frame: floa
     return column(shades[:, 0]) + (column(shades[:, 1]) - column(shades[:, 0])) * mix
 
 
-def _coverage(
-    params: ClipParams, i: int, x: Tensor, y: Tensor, pixels_per_frame: float
-) -> Tensor:
+def _coverage(params: ClipParams, i: int, x: Tensor, y: Tensor, pixels_per_frame: float) -> Tensor:
     """[B, T, S, S] in [0, 1]: how much of each pixel object `i` covers."""
     radius = params.radius[:, i, None, None, None]
     centre = params.path[:, i]

@@ -164,8 +164,12 @@ def segment(video: NDArray[Any] | torch.Tensor) -> Segmentation:
     plane = np.ones((1, 3, 3), dtype=bool)
     background = ~ndimage().binary_dilation(tinted, plane, iterations=margin)
     return Segmentation(
-        gray=frames.mean(-1), chroma=chroma, background=background, counts=counts,
-        tracks=tuple(tracks), unit=unit,
+        gray=frames.mean(-1),
+        chroma=chroma,
+        background=background,
+        counts=counts,
+        tracks=tuple(tracks),
+        unit=unit,
     )
 
 
@@ -180,9 +184,7 @@ def _follow(mask: Mask, colour: str, unit: int, counts: NDArray[np.int64]) -> Tr
     # The fringe between two touching objects can have a third colour, but it is thin.
     cores = image.binary_erosion(mask, np.ones((1, 3, 3), bool))
     solid = np.bincount(labels[cores], minlength=number + 1) > 0
-    sizeable = [
-        i for i in range(1, number + 1) if solid[i] and sizes[i] >= SMALLEST_AREA * unit**2
-    ]
+    sizeable = [i for i in range(1, number + 1) if solid[i] and sizes[i] >= SMALLEST_AREA * unit**2]
     boxes = image.find_objects(labels)
     length, height, width = mask.shape
     largest: dict[int, int] = {}
@@ -205,8 +207,12 @@ def _follow(mask: Mask, colour: str, unit: int, counts: NDArray[np.int64]) -> Tr
         area[frame] = sizes[i]
         gaps[frame] = (columns.start, rows.start, width - columns.stop, height - rows.stop)
     return Track(
-        colour=colour, present=present, touching=touching, masks=masks,
-        centre=centre / np.float32(unit), area=area / np.float32(unit**2),
+        colour=colour,
+        present=present,
+        touching=touching,
+        masks=masks,
+        centre=centre / np.float32(unit),
+        area=area / np.float32(unit**2),
         gaps=gaps / np.float32(unit),
     )
 

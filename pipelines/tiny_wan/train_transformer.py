@@ -9,16 +9,14 @@ process, training time, shift of the noise levels, peak learning rate.
         --vae runs/vae --out runs/tiny-wan \\
         --stages 64:256:4.5:2:2e-3 128:96:3.5:3.5:1.5e-3 256:32:3:6:1e-3
 
-After each stage `--out` is written atomically (weights, EMA, optimizers, finished stages); a run
-that finds it goes on with the next stage. `--init` starts from another checkpoint or from a
-pipeline folder, such as the embedded model itself.
+Every minute and after each stage `--out` is written atomically (weights, EMA, optimizers, stages);
+a run that finds it goes on from there. `--init` starts from another checkpoint or from a pipeline
+folder, such as the embedded model itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +26,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from sla_video.pipelines.tiny_wan import checkpoints
-from sla_video.pipelines.tiny_wan.data import Batch, stream
+from sla_video.pipelines.tiny_wan.data import stream
 from sla_video.pipelines.tiny_wan.flow_matching import TextToVideo, spread_rotary_positions
 from sla_video.pipelines.tiny_wan.latent_bank import LatentBank
 from sla_video.pipelines.tiny_wan.models import (
     build_text_encoder,
     build_tokenizer,
     build_transformer,
-    build_vae,
+    load_vae,
 )
+from sla_video.pipelines.tiny_wan.muon import BatchedMuon
 from sla_video.pipelines.tiny_wan.render import FRAME_SIZE
-from sla_video.pipelines.tiny_wan.schedule import Deadline
+from sla_video.pipelines.tiny_wan.schedule import Schedule, process_seconds, stage_seconds
 
-LOG_EVERY = 50
+LOG_EVERY = 200
 ADAM_RATE = 0.5
 
 
@@ -72,7 +71,8 @@ class Stage:
 
 def build_optimizers(model: TextToVideo, kind: str) -> list[torch.optim.Optimizer]:
     """Muon on the hidden matrices and AdamW on the rest, or AdamW on everything."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         hidden = ".blocks." in name or "text_encoder.encoder.block" in name
         is_matrix = hidden and parameter.ndim == 2 and "relative_attention_bias" not in name
@@ -83,9 +83,7 @@ def build_optimizers(model: TextToVideo, kind: str) -> list[torch.optim.Optimize
     adam.param_groups[0]["rate"] = ADAM_RATE
     if kind == "adamw":
         return [adam]
-    muon = torch.optim.Muon(
-        matrices, lr=1e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = BatchedMuon(matrices)
     muon.param_groups[0]["rate"] = 1.0
     return [adam, muon]
 
@@ -102,20 +100,6 @@ def load_weights(folder: Path, model: TextToVideo) -> None:
     if found is None:
         raise SystemExit(f"no checkpoint and no pipeline in {folder}")
     model.load_state_dict(checkpoints.load_group(found, "weights"), strict=False)
-
-
-def load_vae(folder: Path) -> AutoencoderKLWan:
-    """The VAE of a `train_vae` checkpoint, or of a pipeline folder."""
-    if (folder / "model_index.json").is_file():
-        vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(folder / "vae")
-        return vae.eval().requires_grad_(False)
-    found = checkpoints.newest(folder)
-    if found is None:
-        raise SystemExit(f"no checkpoint and no pipeline in {folder}")
-    state = checkpoints.load_state(found)
-    vae = build_vae(state["latents_mean"], state["latents_std"])
-    vae.load_state_dict(checkpoints.load_group(found, "vae"))
-    return vae.eval().requires_grad_(False)
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -135,80 +119,115 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         restore(source, args.optimizer, ema, optimizers, model)
     vae = load_vae(args.vae).to(device)
     if not args.no_compile:
-        model.transformer.compile(dynamic=False)
+        # One block is compiled and serves them all; each stage has its own fixed shapes.
+        model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
-    for number, stage in enumerate(args.stages[len(done) :], start=len(done)):
-        seed = args.seed + 1000 * number + accelerator.process_index
+    trainer = Trainer(args, accelerator, model, wrapped, ema, optimizers, vae, done)
+    while (number := trainer.next_stage()) is not None:
+        trainer.run(number)
+
+
+class Trainer:
+    """The training loop, and what it works on."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        model: TextToVideo,
+        wrapped: nn.Module,
+        ema: EMAModel,
+        optimizers: list[Any],
+        vae: AutoencoderKLWan,
+        done: list[dict[str, Any]],
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.model = model
+        self.wrapped = wrapped
+        self.ema = ema
+        self.optimizers = optimizers
+        self.vae = vae
+        self.done = done
+
+    def next_stage(self) -> int | None:
+        """Number of the stage to go on with: the interrupted one, the next one, or None."""
+        finished = sum(bool(entry["finished"]) for entry in self.done)
+        return finished if finished < len(self.args.stages) else None
+
+    def run(self, number: int) -> None:
+        """Train one stage until its time is up, saving now and then and at the end."""
+        args, accelerator, stage = self.args, self.accelerator, self.args.stages[number]
+        if number == len(self.done):
+            self.done.append({**vars(stage), "trained_minutes": 0.0, "steps": 0, "clips": 0})
+        before = dict(self.done[number])
+        seed = args.seed + 1000 * number + accelerator.process_index + before["clips"]
         set_seed(seed)
-        spread_rotary_positions(model.transformer, stage.size // 8, FRAME_SIZE // 8)
-        model.shift = stage.shift
-        bank = LatentBank(args.bank * 64**2 // stage.size**2, vae, stage.size, device)
+        spread_rotary_positions(self.model.transformer, stage.size // 8, FRAME_SIZE // 8)
+        self.model.shift = stage.shift
+        bank = LatentBank(
+            args.bank * 64**2 // stage.size**2, self.vae, stage.size, accelerator.device
+        )
         encode_batch = max(4, args.encode_batch * 64**2 // stage.size**2)
         scenes = stream(encode_batch, seed, args.workers)
-        begun = time.monotonic()
         while bank.drawn < min(stage.batch_size * args.reuse, len(bank.latents)):
             bank.add(next(scenes))
-        if accelerator.is_main_process:
-            took = time.monotonic() - begun
-            print(f"{stage}; bank: {bank.drawn} clips in {took:.1f} s", flush=True)
-        steps = run(args, stage, accelerator, wrapped, ema, optimizers, bank, scenes, encode_batch)
-        clips = steps * stage.batch_size * accelerator.num_processes
-        done.append({**vars(stage), "steps": steps, "clips": clips})
-        if accelerator.is_main_process:
-            save(args, model, ema, optimizers, done)
-            print(f"saved {args.out}: {done[-1]}", flush=True)
-
-
-def run(
-    args: argparse.Namespace,
-    stage: Stage,
-    accelerator: Accelerator,
-    model: nn.Module,
-    ema: EMAModel,
-    optimizers: list[Any],
-    bank: LatentBank,
-    scenes: Iterator[Batch],
-    encode_batch: int,
-) -> int:
-    """Train one stage until its time is up; returns the number of steps."""
-    deadline = Deadline(stage.minutes, cooldown=args.cooldown)
-    total = torch.zeros((), device=accelerator.device)
-    owed, step, mark = 0.0, 0, 0.0
-    while True:
-        if step == 3:
-            deadline.start()
-        owed += stage.batch_size / args.reuse
-        while owed >= encode_batch:
-            bank.add(next(scenes))
-            owed -= encode_batch
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * group["rate"] * deadline.factor
-        loss = model(*bank.sample(stage.batch_size))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.step(model.parameters())
-        total += loss.detach()
-        step += 1
-        if step % LOG_EVERY == 0 or step == args.max_steps:
-            # The processes' clocks differ a little; they must leave at the same step.
-            flag = torch.tensor([deadline.fraction], device=accelerator.device)
-            done = accelerator.reduce(flag, "max").item()
-            if accelerator.is_main_process and step % (4 * LOG_EVERY) == 0:
-                seconds = (done - mark) * deadline.seconds
-                rate = 4 * LOG_EVERY * stage.batch_size * accelerator.num_processes / seconds
-                print(
-                    f"step {step} {done:.0%} loss {total.item() / (4 * LOG_EVERY):.4f} "
-                    f"{rate:.0f} clips/s bank {bank.filled}",
+        planned = [s.minutes for s in args.stages[number:]]
+        planned[0] = max(0.0, planned[0] - before["trained_minutes"])
+        schedule = Schedule(
+            accelerator,
+            stage_seconds(planned, args.wall_minutes),
+            cooldown=args.cooldown,
+            max_steps=args.max_steps,
+        )
+        accelerator.print(f"{stage}: {schedule.seconds:.0f} s, {process_seconds():.0f} s in")
+        total = torch.zeros((), device=accelerator.device)
+        owed, logged, saved, going = 0.0, (0, 0.0), 0.0, True
+        while going:
+            owed += stage.batch_size / args.reuse
+            while owed >= encode_batch:
+                bank.add(next(scenes))
+                owed -= encode_batch
+            total += self.step(stage, schedule.factor, bank)
+            going = schedule.advance()
+            if not schedule.synced and going:
+                continue
+            steps = schedule.steps - logged[0]
+            clips = stage.batch_size * accelerator.num_processes
+            self.done[number] = {
+                **before,
+                "trained_minutes": before["trained_minutes"] + schedule.elapsed / 60,
+                "steps": before["steps"] + schedule.steps,
+                "clips": before["clips"] + schedule.steps * clips,
+                "finished": not going,
+            }
+            if steps >= LOG_EVERY or not going:
+                rate = steps * clips / max(schedule.elapsed - logged[1], 1e-9)
+                accelerator.print(
+                    f"step {schedule.steps} {schedule.fraction:.0%} "
+                    f"loss {total.item() / steps:.4f} {rate:.0f} clips/s bank {bank.filled}",
                     flush=True,
                 )
-                mark = done
+                logged = (schedule.steps, schedule.elapsed)
                 total.zero_()
-            if done >= 1 or step == args.max_steps:
-                return step
+            if schedule.elapsed - saved >= args.save_every or not going:
+                saved = schedule.elapsed
+                if accelerator.is_main_process:
+                    save(args, self.model, self.ema, self.optimizers, self.done)
+
+    def step(self, stage: Stage, factor: float, bank: LatentBank) -> Tensor:
+        """One optimizer step; returns its loss."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * group["rate"] * factor
+        loss: Tensor = self.wrapped(*bank.sample(stage.batch_size))
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.model.parameters())
+        return loss.detach()
 
 
 def restore(
@@ -257,6 +276,12 @@ def main() -> None:
     parser.add_argument("--encode-batch", type=int, default=128, help="clips, at 64 pixels")
     parser.add_argument("--workers", type=int, default=4, help="scene processes a process")
     parser.add_argument("--max-steps", type=int, default=0, help="a stage's; 0: time decides")
+    parser.add_argument(
+        "--wall-minutes",
+        type=float,
+        help="end this long after the start of the process; the stages share what time there is",
+    )
+    parser.add_argument("--save-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()

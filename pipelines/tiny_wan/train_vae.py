@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +24,13 @@ from torch import Tensor, nn
 from sla_video.pipelines.tiny_wan import checkpoints
 from sla_video.pipelines.tiny_wan.data import Batch, clip_params, stream
 from sla_video.pipelines.tiny_wan.grammar import sample_scene
-from sla_video.pipelines.tiny_wan.models import build_vae, decode_clip, encode_clip
+from sla_video.pipelines.tiny_wan.models import build_vae, decode_clip, encode_clip, load_vae
 from sla_video.pipelines.tiny_wan.render import ClipParams, place, render
-from sla_video.pipelines.tiny_wan.schedule import Deadline
+from sla_video.pipelines.tiny_wan.schedule import Schedule, stage_seconds
 
 # Windows of the world that training crops: the full-size model's scale, half, and a quarter of it.
 EXTENTS = (0.5, 0.5, 1.0, 2.0)
+LOG_EVERY = 200
 
 
 class Autoencoder(nn.Module):
@@ -96,14 +96,112 @@ def measure_latents(
     return stacked.mean(1).tolist(), stacked.std(1).tolist()
 
 
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Train for the time there is, saving now and then and at the end."""
+    device = accelerator.device
+    set_seed(args.seed)
+    resume = checkpoints.newest(args.out)
+    source = resume or args.init
+    vae = load_vae(source) if source else build_vae()
+    before = checkpoints.load_state(resume)["progress"] if resume else {"clips": 0, "minutes": 0.0}
+    vae = vae.train().requires_grad_(True).to(device)
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    for parameter in vae.parameters():
+        if parameter.dim() == 5 and args.channels_last:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
+    if resume:
+        checkpoints.restore_optimizer(optimizer, checkpoints.load_group(resume, "optimizer"))
+    autoencoder = Autoencoder(vae, args.kl_weight)
+    if not args.no_compile:
+        autoencoder.compile()
+    model, prepared = accelerator.prepare(autoencoder, optimizer)
+    seed = args.seed + 1000 * accelerator.process_index + before["clips"]
+    set_seed(seed)
+    batches = stream(args.batch_size, seed, args.workers, with_captions=False)
+    rng = random.Random(seed)
+    schedule = Schedule(
+        accelerator,
+        stage_seconds([args.minutes], args.wall_minutes),
+        cooldown=0.4,
+        max_steps=args.max_steps,
+    )
+    saved, going = 0.0, True
+    while going:
+        for group in prepared.param_groups:
+            group["lr"] = args.learning_rate * schedule.factor
+        loss, mse = model(draw_crop(next(batches), device, rng, args.crop_size))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        prepared.step()
+        prepared.zero_grad(set_to_none=True)
+        going = schedule.advance()
+        if schedule.steps % LOG_EVERY == 0:
+            psnr = -10 * math.log10(mse.item() / 4)
+            accelerator.print(
+                f"step {schedule.steps} {schedule.fraction:.0%} loss {loss.item():.4f} "
+                f"psnr {psnr:.2f}",
+                flush=True,
+            )
+        if schedule.elapsed - saved >= args.save_every or not going:
+            saved = schedule.elapsed
+            clips = schedule.steps * args.batch_size * accelerator.num_processes
+            progress = {
+                "clips": before["clips"] + clips,
+                "minutes": before["minutes"] + schedule.elapsed / 60,
+            }
+            if accelerator.is_main_process:
+                save(args, vae, optimizer, progress, batches, device)
+
+
+def save(
+    args: argparse.Namespace,
+    vae: AutoencoderKLWan,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, float],
+    batches: Iterator[Batch],
+    device: torch.device,
+) -> None:
+    """Write the checkpoint, with the statistics of the latents and the held-out PSNR."""
+    vae.eval()
+    if not args.decoder_only:
+        mean, std = measure_latents(vae, batches, device, args.size, 1 + args.eval_clips // 4)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+    state = {
+        "progress": progress,
+        "latents_mean": vae.config.latents_mean,
+        "latents_std": vae.config.latents_std,
+        "held_out": evaluate(vae, device, clips=args.eval_clips, size=args.size),
+    }
+    vae.train()
+    tensors = {"vae": vae.state_dict(), "optimizer": checkpoints.optimizer_tensors(optimizer)}
+    checkpoints.save_checkpoint(args.out, tensors, state)
+    print(f"saved {args.out}: {json.dumps(state)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time after compiling")
+    parser.add_argument(
+        "--wall-minutes", type=float, help="end this long after the start of the process"
+    )
+    parser.add_argument("--init", type=Path, help="pipeline folder or checkpoint to start from")
+    parser.add_argument(
+        "--decoder-only",
+        action="store_true",
+        help="keep the latents as they are, so that a transformer trained on them stays valid",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="clips a process")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--kl-weight", type=float, default=5e-4)
     parser.add_argument("--workers", type=int, default=4, help="scene processes a process")
+    parser.add_argument("--save-every", type=float, default=120.0, help="seconds")
     parser.add_argument("--max-steps", type=int, default=0, help="0: time decides")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--crop-size", type=int, default=128, help="pixels a side, in training")
@@ -112,73 +210,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true", help="convolve in NDHWC")
     args = parser.parse_args()
-
-    accelerator = Accelerator()
-    device = accelerator.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    set_seed(args.seed)
-    vae = build_vae()
-    resume = checkpoints.newest(args.out)
-    progress = {"clips": 0, "minutes": 0.0}
-    if resume:
-        vae.load_state_dict(checkpoints.load_group(resume, "vae"))
-        progress = checkpoints.load_state(resume)["progress"]
-    vae = vae.to(device)
-    for parameter in vae.parameters():
-        if parameter.dim() == 5 and args.channels_last:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
-    autoencoder = Autoencoder(vae, args.kl_weight)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
-    )
-    if resume and (resume / "optimizer.safetensors").exists():
-        checkpoints.restore_optimizer(optimizer, checkpoints.load_group(resume, "optimizer"))
-    set_seed(args.seed + 1000 * accelerator.process_index + progress["clips"])
-    if not args.no_compile:
-        autoencoder.compile()
-    model, optimizer = accelerator.prepare(autoencoder, optimizer)
-    batches = stream(
-        args.batch_size,
-        args.seed + 7919 * accelerator.process_index + progress["clips"],
-        args.workers,
-        with_captions=False,
-    )
-    rng = random.Random(accelerator.process_index)
-    deadline = Deadline(args.minutes)
-    step = 0
-    while True:
-        if step == 5:
-            deadline.start()
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * deadline.factor
-        loss, mse = model(draw_crop(next(batches), device, rng, args.crop_size))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        # All processes must leave the loop at the same step.
-        if step % 20 == 0 or step == args.max_steps:
-            flag = torch.tensor([deadline.fraction], device=device)
-            done = accelerator.reduce(flag, "max").item()
-            if accelerator.is_main_process and step % 100 == 0:
-                psnr = -10 * math.log10(mse.item() / 4)
-                print(f"step {step} {done:.0%} loss {loss.item():.4f} train psnr {psnr:.2f}", flush=True)
-            if done >= 1 or step == args.max_steps:
-                break
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        vae.eval()
-        mean, std = measure_latents(vae, batches, device, args.size, 1 + args.eval_clips // 4)
-        vae.register_to_config(latents_mean=mean, latents_std=std)
-        progress["clips"] += step * args.batch_size * accelerator.num_processes
-        progress["minutes"] += args.minutes
-        state = {"progress": progress, "latents_mean": mean, "latents_std": std}
-        started = time.monotonic()
-        state["held_out"] = evaluate(vae, device, clips=args.eval_clips, size=args.size)
-        tensors = {"vae": vae.state_dict(), "optimizer": checkpoints.optimizer_tensors(optimizer.optimizer)}
-        checkpoints.save_checkpoint(args.out, tensors, state)
-        print(json.dumps(state), f"evaluated in {time.monotonic() - started:.1f} s", flush=True)
+    accelerator = Accelerator()
+    train(args, accelerator)
     accelerator.end_training()
 
 
