@@ -95,7 +95,7 @@ def sla2_torch(
     return out[:, :length], None if lse is None else lse.flatten(2)[..., :length]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _num_threads() -> int:
     return torch.get_num_threads()
 

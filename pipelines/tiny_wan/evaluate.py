@@ -30,6 +30,7 @@ from sla_video.pipelines.tiny_wan import adherence, checkpoints
 from sla_video.pipelines.tiny_wan.grammar import Scene, caption, sample_scene
 from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
 from sla_video.pipelines.tiny_wan.models import (
+    TEXT_POSITIONS,
     build_scheduler,
     build_text_encoder,
     build_tokenizer,
@@ -94,6 +95,7 @@ def generate(pipe: WanPipeline, prompts: list[str], first: int, args: argparse.N
             num_inference_steps=args.steps,
             guidance_scale=args.guidance_scale,
             latents=latents.to(device),
+            max_sequence_length=args.text_positions,
             output_type="pt",
         ).frames
     return (frames.float().permute(0, 1, 3, 4, 2) * 255).round().byte().cpu().numpy()
@@ -139,6 +141,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=FRAME_SIZE)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--text-positions", type=int, default=TEXT_POSITIONS[0])
     parser.add_argument("--shift", type=float, help="of the scheduler's noise levels")
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--judges", type=int, default=8, help="processes that measure videos")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sla_video.pipelines.tiny_wan.evaluate import load_pipeline
-from sla_video.pipelines.tiny_wan.models import save_pipeline
+from sla_video.pipelines.tiny_wan.models import TEXT_POSITIONS, save_pipeline
 from sla_video.pipelines.tiny_wan.render import FPS, FRAME_SIZE, NUM_FRAMES
 
 
@@ -63,6 +63,7 @@ def main() -> None:
         "height": FRAME_SIZE,
         "width": FRAME_SIZE,
         "fps": FPS,
+        "max_sequence_length": TEXT_POSITIONS[0],
     }
     export(args.vae, args.transformer, args.out, args.weights, defaults)
     size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())

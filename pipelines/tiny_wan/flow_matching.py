@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
 from sla_video.pipelines.tiny_wan.data import TEXT_LENGTH
-from sla_video.pipelines.tiny_wan.models import PIPELINE_TEXT_LENGTH
+from sla_video.pipelines.tiny_wan.models import TEXT_POSITIONS
 
 CAPTION_DROPOUT = 0.1
 
@@ -19,23 +19,23 @@ CAPTION_DROPOUT = 0.1
 class PaddedTextAttention:
     """Cross-attention to a caption and one pad slot that stands for all the pads of a pipeline.
 
-    `WanPipeline` pads text embeddings with zeros to 512 positions and Wan attends to every one.
-    They are all alike, so a single one with log(count) added to its logit has the same effect.
+    `WanPipeline` pads text embeddings with zeros and Wan attends to every pad. They are all alike,
+    so a single one with log(count) added to its logit has the same effect. `bias` is that
+    logarithm, a tensor that changes from step to step.
     """
 
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, pads: int) -> None:
-        self.bias = math.log(pads)
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb):  # type: ignore[no-untyped-def]
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-        # [1, 1, 1, S]
-        bias = torch.zeros(key.shape[1], device=query.device, dtype=query.dtype)
-        bias[-1] = self.bias
+        # [B, H, L, S]
+        bias = F.pad(self.bias.to(query.dtype).view(1), (key.shape[1] - 1, 0))
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], -1)
         out = F.scaled_dot_product_attention(
             query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
@@ -52,8 +52,22 @@ class TextToVideo(nn.Module):
         self.text_encoder = text_encoder
         # Noise levels are logit-normal, shifted towards noise as clips grow (Esser et al. 2024).
         self.shift = 1.0
-        for block in transformer.blocks:
-            block.attn2.processor = PaddedTextAttention(PIPELINE_TEXT_LENGTH - TEXT_LENGTH)
+        pads = [math.log(positions - TEXT_LENGTH) for positions in TEXT_POSITIONS]
+        self.pad_bias: Tensor
+        self.pad_biases: Tensor
+        self.register_buffer("pad_biases", torch.tensor(pads), persistent=False)
+        self.register_buffer("pad_bias", torch.tensor(pads[-1]), persistent=False)
+        self.share_pad_bias()
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self.share_pad_bias()
+        return self
+
+    def share_pad_bias(self) -> None:
+        """Hand this module's own tensor to every cross-attention, anew when it has moved."""
+        for block in self.transformer.blocks:
+            block.attn2.processor = PaddedTextAttention(self.pad_bias)
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """`[B, TEXT_LENGTH + 1, C]` from ids `[B, TEXT_LENGTH]`: zeros on pads and the pad slot."""
@@ -67,6 +81,8 @@ class TextToVideo(nn.Module):
         dropped = torch.rand(count, 1, device=device) < CAPTION_DROPOUT
         empty = F.one_hot(torch.zeros(1, dtype=torch.long, device=device), ids.shape[1])
         ids = torch.where(dropped, empty, ids)
+        choice = torch.randint(len(self.pad_biases), (), device=device)
+        self.pad_bias.copy_(self.pad_biases[choice])
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             text = self.embed_text(ids)
             u = torch.randn(count, device=device).sigmoid()

@@ -113,7 +113,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+        vae.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=1e-3,
+        fused=device.type == "cuda",
     )
     if resume:
         checkpoints.restore_optimizer(optimizer, checkpoints.load_group(resume, "optimizer"))
