@@ -22,8 +22,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sla_video.pipelines.tiny_wan import adherence, grammar, render
-from sla_video.pipelines.tiny_wan.grammar import Motion, ObjectSpec, Scene
+from sla_video.pipelines.tiny_wan import adherence, placement, render
+from sla_video.pipelines.tiny_wan.scenes import (
+    CARDINALS,
+    COLOURS,
+    DIRECTIONS,
+    OPPOSITE,
+    PATTERNS,
+    SHAPES,
+    TONES,
+    Motion,
+    ObjectSpec,
+    Scene,
+    sample_scene,
+)
 from sla_video.pipelines.tiny_wan.segmentation import segment
 
 Clip = NDArray[np.uint8]
@@ -37,9 +49,9 @@ NOISE = 6.0
 JPEG_QUALITY = 50
 
 
-def draw(scene: Scene, rng: random.Random, size: int) -> tuple[render.ClipParams, Clip]:
+def draw(scene: Scene, rng: random.Random, size: int) -> tuple[placement.ClipParams, Clip]:
     """What a scene was placed as, and its clip `[T, S, S, 3]`."""
-    params = render.place([scene], rng)
+    params = placement.place([scene], rng)
     return params, as_clip(render.render(params, size)[0])
 
 
@@ -81,7 +93,7 @@ def through_vae(folder: str) -> Callable[[Clip], Clip]:
     return reconstruct
 
 
-def wrong_prompts(scene: Scene, params: render.ClipParams, rng: random.Random) -> list[Control]:
+def wrong_prompts(scene: Scene, params: placement.ClipParams, rng: random.Random) -> list[Control]:
     """Meanings that differ in one property from what a clip of `scene` shows."""
     controls: list[Control] = []
     which = rng.randrange(len(scene.objects))
@@ -97,10 +109,10 @@ def wrong_prompts(scene: Scene, params: render.ClipParams, rng: random.Random) -
         changed = replace(objects[which], **changes)  # type: ignore[arg-type]
         return tuple(changed if i == which else o for i, o in enumerate(objects))
 
-    add("colour", "other colour", objects=with_object(colour=other(grammar.COLOURS, *used)))
-    shape = other(grammar.SHAPES, objects[which].shape)
+    add("colour", "other colour", objects=with_object(colour=other(COLOURS, *used)))
+    shape = other(SHAPES, objects[which].shape)
     add("shape", "other shape", objects=with_object(shape=shape))
-    is_large = float(params.radius[0, which]) > sum(sum(r) for r in render.RADIUS.values()) / 4
+    is_large = float(params.radius[0, which]) > sum(sum(r) for r in placement.RADIUS.values()) / 4
     add("size", "other size", objects=with_object(size="small" if is_large else "large"))
     if len(objects) == 2:
         shapes = [o.shape for o in objects]
@@ -117,7 +129,7 @@ def wrong_prompts(scene: Scene, params: render.ClipParams, rng: random.Random) -
             relation="single",
         )
     else:
-        extra = ObjectSpec(colour=other(grammar.COLOURS, *used), shape="circle")
+        extra = ObjectSpec(colour=other(COLOURS, *used), shape="circle")
         add(
             "count",
             "two objects asked for",
@@ -130,18 +142,18 @@ def wrong_prompts(scene: Scene, params: render.ClipParams, rng: random.Random) -
         relation = "single" if len(objects) == 1 else "independent"
         add("direction", why, motions=motions, relation=relation)
     controls += _wrong_relations(scene, rng)
-    shown_pattern = grammar.PATTERNS[int(params.pattern[0])]
-    shown_tone = grammar.TONES[int(params.tone[0])]
-    tone = other(grammar.TONES, shown_tone)
+    shown_pattern = PATTERNS[int(params.pattern[0])]
+    shown_tone = TONES[int(params.tone[0])]
+    tone = other(TONES, shown_tone)
     add("background", "other tone", tone=tone, pattern=shown_pattern)
-    pattern = other(grammar.PATTERNS, shown_pattern)
+    pattern = other(PATTERNS, shown_pattern)
     add("background", "other pattern", tone=shown_tone, pattern=pattern)
     return controls
 
 
 def _other_motions(motion: Motion, rng: random.Random) -> list[tuple[str, Motion]]:
     def going(*but: str | None) -> str:
-        return rng.choice([d for d in grammar.DIRECTIONS if d not in but])
+        return rng.choice([d for d in DIRECTIONS if d not in but])
 
     moving = ("still instead", Motion(kind="still"))
     if motion.kind == "still":
@@ -150,11 +162,11 @@ def _other_motions(motion: Motion, rng: random.Random) -> list[tuple[str, Motion
         return [moving]
     others = [moving, ("other direction", Motion(kind="move", direction=going(motion.direction)))]
     if motion.kind == "bounce":
-        other = rng.choice([d for d in grammar.CARDINALS if d != motion.direction])
+        other = rng.choice([d for d in CARDINALS if d != motion.direction])
         others.append(("bounce elsewhere", Motion(kind="bounce", direction=other)))
         others.append(("move, no bounce", Motion(kind="move", direction=motion.direction)))
     else:
-        edge = next((d for d in grammar.CARDINALS if d in (motion.direction or "")), "left")
+        edge = next((d for d in CARDINALS if d in (motion.direction or "")), "left")
         others.append(("bounce, no move", Motion(kind="bounce", direction=edge)))
     return others
 
@@ -163,9 +175,9 @@ def _wrong_relations(scene: Scene, rng: random.Random) -> list[Control]:
     if len(scene.objects) == 1:
         return []
     first, second = scene.motions
-    way = first.direction or second.direction or rng.choice(grammar.DIRECTIONS)
+    way = first.direction or second.direction or rng.choice(DIRECTIONS)
     move = Motion(kind="move", direction=way)
-    back = Motion(kind="move", direction=grammar.OPPOSITE[way])
+    back = Motion(kind="move", direction=OPPOSITE[way])
     meet = Motion(kind="meet")
     relations = {"same": (move, move), "opposite": (move, back), "meeting": (meet, meet)}
     controls = []
@@ -179,25 +191,25 @@ def _wrong_relations(scene: Scene, rng: random.Random) -> list[Control]:
     return controls
 
 
-def shift_background(params: render.ClipParams, size: int, periods: float = 0.5) -> Clip:
+def shift_background(params: placement.ClipParams, size: int, periods: float = 0.5) -> Clip:
     """The clip of one scene with its stripes or checks drifting by `periods` over time."""
     frames = params.path.shape[2]
     values = {n: v.expand(frames, *v.shape[1:]) for n, v in vars(params).items()}
     values["path"] = params.path[0].permute(1, 0, 2)[:, :, None]
     values["phase"] = params.phase + torch.linspace(0, periods, frames)
     # [3, T, S, S]
-    video = render.render(render.ClipParams(**values), size)[:, :, 0].transpose(0, 1)
+    video = render.render(placement.ClipParams(**values), size)[:, :, 0].transpose(0, 1)
     return as_clip(video)
 
 
 def spoiled_clips(
-    scene: Scene, params: render.ClipParams, clip: Clip
+    scene: Scene, params: placement.ClipParams, clip: Clip
 ) -> list[tuple[str, str, Clip]]:
     """Clips of a scene that went wrong: which check should fail, why, and the clip."""
     spoiled = []
     if any(m.kind != "still" for m in scene.motions):
         spoiled.append(("direction", "frozen", np.repeat(clip[:1], len(clip), axis=0)))
-    if grammar.PATTERNS[int(params.pattern[0])] in ("striped", "checked"):
+    if PATTERNS[int(params.pattern[0])] in ("striped", "checked"):
         spoiled.append(("steady", "drifting background", shift_background(params, clip.shape[1])))
     flicker = (clip * np.linspace(0.8, 1, len(clip))[:, None, None, None]).astype(np.uint8)
     if clip[0].mean() > 64:
@@ -219,7 +231,7 @@ def agreement(
     results: dict[str, list[adherence.Adherence]] = {kind: [] for kind in kinds}
     seconds = []
     for i in range(scenes):
-        scene = grammar.sample_scene(rng, held_out=i % 4 == 0)
+        scene = sample_scene(rng, held_out=i % 4 == 0)
         _, clip = draw(scene, rng, size)
         for kind, change in kinds.items():
             changed = change(clip) if change else clip
@@ -235,7 +247,7 @@ def control_rates(scenes: int, size: int, seed: int = 0) -> dict[tuple[str, str]
     rng = random.Random(seed)
     failed: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for _ in range(scenes):
-        scene = grammar.sample_scene(rng)
+        scene = sample_scene(rng)
         params, clip = draw(scene, rng, size)
         found = segment(clip)
         for column, why, wrong in wrong_prompts(scene, params, rng):

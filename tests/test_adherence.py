@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from sla_video.pipelines.tiny_wan import adherence, grammar, render, segmentation
-from sla_video.pipelines.tiny_wan.grammar import Motion, ObjectSpec, Scene
+from sla_video.pipelines.tiny_wan import adherence, grammar, placement, render, segmentation
+from sla_video.pipelines.tiny_wan.scenes import COLOURS, SHAPES, Motion, ObjectSpec, Scene
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "validate_adherence.py"
 CHECKS = ("colour", "shape", "size", "direction", "count", "tied", "background", "steady")
@@ -33,7 +33,7 @@ def validate():
 def clip_of(prompt: str, size: int = 128, seed: int = 0) -> np.ndarray:
     scene = grammar.parse(prompt)
     assert scene is not None
-    levels = (render.render(render.place([scene], random.Random(seed)), size)[0] + 1) * 127.5
+    levels = (render.render(placement.place([scene], random.Random(seed)), size)[0] + 1) * 127.5
     return levels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
 
 
@@ -104,18 +104,18 @@ def test_checks_that_the_prompt_leaves_open_are_none():
     assert result.core and result.all
 
 
-@pytest.mark.parametrize("shape", grammar.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_each_shape_is_told_from_the_others(shape):
     clip = clip_of(f"a small green {shape} moves right on a gray checked background", size=64)
-    verdicts = {s: judge(clip, f"a green {s} moves right").shape for s in grammar.SHAPES}
-    assert verdicts == {s: s == shape for s in grammar.SHAPES}
+    verdicts = {s: judge(clip, f"a green {s} moves right").shape for s in SHAPES}
+    assert verdicts == {s: s == shape for s in SHAPES}
 
 
-@pytest.mark.parametrize("colour", grammar.COLOURS)
+@pytest.mark.parametrize("colour", COLOURS)
 def test_each_colour_is_told_from_the_others(colour):
     clip = clip_of(f"a small {colour} star moves right on a white background", size=64)
-    verdicts = {c: judge(clip, f"a {c} star moves right") for c in grammar.COLOURS}
-    assert {c: v.colour for c, v in verdicts.items()} == {c: c == colour for c in grammar.COLOURS}
+    verdicts = {c: judge(clip, f"a {c} star moves right") for c in COLOURS}
+    assert {c: v.colour for c, v in verdicts.items()} == {c: c == colour for c in COLOURS}
     # A wrong colour is not also a wrong shape, direction or number.
     assert all(v.shape and v.direction and v.count for v in verdicts.values())
 
@@ -202,7 +202,7 @@ def test_exchanged_colours_fail_the_shapes_only():
 def test_an_unrecognisable_shape_is_none_of_the_five():
     clip = np.full((25, 128, 128, 3), 245, dtype=np.uint8)
     clip[:, 20:100, 60:68] = render.PALETTE["red"]
-    verdicts = [judge(clip, f"a red {shape} stays still").shape for shape in grammar.SHAPES]
+    verdicts = [judge(clip, f"a red {shape} stays still").shape for shape in SHAPES]
     assert not any(verdicts)
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from sla_video.pipelines.tiny_wan import checkpoints, schedule, train_transformer, train_vae
 from sla_video.pipelines.tiny_wan.muon import BatchedMuon
-from sla_video.pipelines.tiny_wan.schedule import Schedule, stage_seconds
+from sla_video.pipelines.tiny_wan.schedule import Schedule
 
 SMALL_VAE = ["--no-compile", "--crop-size", "16", "--size", "16", "--eval-clips", "2"]
 SMALL_VAE += ["--batch-size", "1", "--workers", "0"]
@@ -93,30 +93,44 @@ def test_optimizer_state_survives_a_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(fresh.state[p][name], value)
 
 
-def test_rates_warm_up_hold_and_cool_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
-    clock = Schedule(Accelerator(cpu=True), 100, warmup_steps=4, cooldown=0.5)
+def factors_of(clock: Schedule, now: list[float], seconds_a_step: float = 1) -> list[float]:
     factors = []
-    while True:
+    going = True
+    while going:
         factors.append(clock.factor)
-        now[0] += 1
-        if not clock.advance():
-            break
+        now[0] += seconds_a_step
+        going = clock.advance()
+    return factors
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock to be set by hand, on which this process began at 5 seconds."""
+    seconds = [10.0]
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(schedule, "process_seconds", lambda: seconds[0] - 5)
+    return seconds
+
+
+def test_rates_warm_up_hold_and_cool_down(now: list[float]) -> None:
+    clock = Schedule(Accelerator(cpu=True), 100 / 60, warmup_steps=4, cooldown=0.5)
+    factors = factors_of(clock, now)
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[59] == 1.0
     # The processes agree on the time every 20 steps; in between nothing moves.
-    assert factors[60] == pytest.approx(0.8)
-    assert factors[79] == pytest.approx(0.8)
+    assert factors[60] == factors[79] == pytest.approx(0.8)
     assert factors[80] == pytest.approx(0.4)
     assert len(factors) == 100
+    assert clock.finished and not clock.out_of_time
 
 
-def test_stages_share_what_the_wall_clock_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "process_seconds", lambda: 105.0)
-    assert stage_seconds([2.0, 6.0], None) == 120
-    assert stage_seconds([2.0, 6.0], 10.0) == pytest.approx((600 - 105 - 15) / 4)
-    assert stage_seconds([2.0], 1.0) == 0
+def test_the_wall_clock_stops_a_run_and_another_ends_it(now: list[float]) -> None:
+    first = Schedule(Accelerator(cpu=True), 2.0, wall_minutes=1.0, cooldown=0.5)
+    assert len(factors_of(first, now)) == 40
+    assert first.out_of_time and not first.finished
+    second = Schedule(Accelerator(cpu=True), 2.0, before=first.elapsed, warmup_steps=1)
+    assert len(factors_of(second, now)) == 80
+    assert second.finished
 
 
 @pytest.fixture(scope="module")

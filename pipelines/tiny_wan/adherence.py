@@ -24,7 +24,7 @@ from sla_video.pipelines.tiny_wan.adherence_looks import (
     tone_and_pattern,
 )
 from sla_video.pipelines.tiny_wan.adherence_motion import is_tied, move_as_asked
-from sla_video.pipelines.tiny_wan.grammar import Scene
+from sla_video.pipelines.tiny_wan.scenes import Scene
 from sla_video.pipelines.tiny_wan.segmentation import Segmentation, Track, segment
 
 # Parts of the frames in which each colour asked for, and the right number of objects, are seen.

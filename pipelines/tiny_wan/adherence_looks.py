@@ -10,23 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sla_video.pipelines.tiny_wan import grammar, render
+from sla_video.pipelines.tiny_wan.placement import RADIUS
+from sla_video.pipelines.tiny_wan.render import OUTLINES, TONE_SHADES
 from sla_video.pipelines.tiny_wan.segmentation import Floats, Mask, Segmentation, Track, ndimage
 
-LARGE_RADIUS = (render.RADIUS["small"][1] + render.RADIUS["large"][0]) / 2
+LARGE_RADIUS = (RADIUS["small"][1] + RADIUS["large"][0]) / 2
 # Frames that vote on a shape, and the least overlap with its outline that counts.
 SHAPE_FRAMES = 7
 MIN_OVERLAP = 0.6
 # A background that varies less than this (standard deviation of gray levels in [0, 1]) is plain.
 PLAIN_SPREAD = 0.02
-
-_OUTLINES = dict(
-    zip(
-        grammar.SHAPES,
-        (render._circle, render._square, render._triangle, render._star, render._cross),
-        strict=True,
-    )
-)
 
 
 def shape_and_radius(found: Segmentation, track: Track) -> tuple[str | None, float]:
@@ -50,7 +43,7 @@ def shape_and_radius(found: Segmentation, track: Track) -> tuple[str | None, flo
 def _area_and_centroid(shape: str) -> tuple[float, float]:
     """Of a shape of radius 1: its area, and how far its centroid lies below its centre."""
     axis = (torch.arange(512) + 0.5) / 512 * 2.4 - 1.2
-    inside = (_OUTLINES[shape](axis, axis[:, None]) < 0).double()
+    inside = (OUTLINES[shape](axis, axis[:, None]) < 0).double()
     area = float(inside.mean()) * 2.4**2
     return area, float((inside * axis[:, None]).sum() / inside.sum())
 
@@ -67,7 +60,7 @@ def _classify(found: Segmentation, track: Track, frame: int) -> tuple[str | None
     y = np.arange(cover.shape[0], dtype=np.float32)
     middle_x, middle_y = float(cover.sum(0) @ x) / total, float(cover.sum(1) @ y) / total
     best: tuple[float, str | None, float] = (MIN_OVERLAP, None, math.sqrt(total / math.pi))
-    for shape, outline in _OUTLINES.items():
+    for shape, outline in OUTLINES.items():
         area, below = _area_and_centroid(shape)
         radius = math.sqrt(total / area)
         u = torch.from_numpy((x - middle_x) / radius)
@@ -101,7 +94,7 @@ def tone_and_pattern(found: Segmentation) -> tuple[str, str]:
     if seen.mean() < 0.05:
         return "", ""
     mean = float(level[seen].mean())
-    tone = min(render.TONE_SHADES, key=lambda t: abs(sum(render.TONE_SHADES[t]) / 2 - mean))
+    tone = min(TONE_SHADES, key=lambda t: abs(sum(TONE_SHADES[t]) / 2 - mean))
     # Smoothed within the part that is seen.
     sigma = 0.012 * found.unit
     weight = np.maximum(image.gaussian_filter(seen.astype(np.float32), sigma), 1e-6)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sla_video.pipelines.tiny_wan.grammar import DIRECTION_VECTORS, Motion, Scene
+from sla_video.pipelines.tiny_wan.scenes import DIRECTION_VECTORS, Motion, Scene
 from sla_video.pipelines.tiny_wan.segmentation import Floats, Track, ndimage
 
 # Rendered objects travel 0.36 and more, 0.2 on each leg of a bounce, 0.148 on the way to a meeting.
@@ -23,7 +23,7 @@ STILL_RADIUS = 0.05
 MAX_ANGLE = math.radians(22.5)
 # How much of its way an object may take back
 MAX_RETREAT = 0.25
-# A bouncing triangle turns with its flat side up to 0.055 away from the edge.
+# An outline turns at the edge, which the nearest frame may show up to 0.0175 early or late.
 MAX_EDGE_GAP = 0.09
 # Between the circles around two objects that have met; rendered ones keep 0.02.
 MAX_MEETING_GAP = 0.08

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from sla_video.pipelines.tiny_wan.grammar import caption, sample_scene
+from sla_video.pipelines.tiny_wan.grammar import caption
 from sla_video.pipelines.tiny_wan.models import build_tokenizer
-from sla_video.pipelines.tiny_wan.render import ClipParams, place
+from sla_video.pipelines.tiny_wan.placement import ClipParams, place
+from sla_video.pipelines.tiny_wan.scenes import sample_scene
 
 # Longest caption in tokens, with its `</s>`, rounded up so that one pad slot more makes 32.
 TEXT_LENGTH = 31

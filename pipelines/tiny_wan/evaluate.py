@@ -27,8 +27,8 @@ from PIL import Image
 
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.tiny_wan import adherence, checkpoints
-from sla_video.pipelines.tiny_wan.grammar import Scene, caption, sample_scene
 from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
+from sla_video.pipelines.tiny_wan.grammar import caption
 from sla_video.pipelines.tiny_wan.models import (
     TEXT_POSITIONS,
     build_scheduler,
@@ -38,6 +38,7 @@ from sla_video.pipelines.tiny_wan.models import (
     load_vae,
 )
 from sla_video.pipelines.tiny_wan.render import FRAME_SIZE, NUM_FRAMES
+from sla_video.pipelines.tiny_wan.scenes import Scene, sample_scene
 
 HELD_OUT_SEED = 4242
 SHEET_ROWS = 12
@@ -48,7 +49,10 @@ def held_out_prompts(count: int) -> tuple[list[Scene], list[str]]:
     """The first `count` held-out scenes, always the same, and a wording of each."""
     rng = random.Random(HELD_OUT_SEED)
     scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
-    return scenes, [caption(scene, rng) for scene in scenes]
+    prompts = [
+        caption(scene, random.Random(f"{HELD_OUT_SEED}/{i}")) for i, scene in enumerate(scenes)
+    ]
+    return scenes, prompts
 
 
 def load_pipeline(model: str, vae: Path | None, weights: str) -> WanPipeline:

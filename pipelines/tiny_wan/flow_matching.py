@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -59,8 +61,8 @@ class TextToVideo(nn.Module):
         self.register_buffer("pad_bias", torch.tensor(pads[-1]), persistent=False)
         self.share_pad_bias()
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.share_pad_bias()
         return self
 

@@ -6,6 +6,7 @@ little: they agree on the time every few steps, and everything else follows from
 
 from __future__ import annotations
 
+import math
 import time
 
 import psutil
@@ -22,22 +23,13 @@ def process_seconds() -> float:
     return time.time() - float(psutil.Process().create_time())
 
 
-def stage_seconds(minutes: list[float], wall_minutes: float | None) -> float:
-    """Time for the first of some stages whose planned `minutes` are given.
-
-    With a wall-clock budget, what is left of it is shared out in proportion to the plan.
-    """
-    if wall_minutes is None:
-        return minutes[0] * 60
-    left = wall_minutes * 60 - process_seconds() - RESERVE_SECONDS
-    return max(0.0, left) * minutes[0] / sum(minutes)
-
-
 class Schedule:
     """Warm up over the first steps, hold, cool down linearly to zero at the end of the time.
 
     Args:
-        seconds: the time budget; it starts when the schedule is made.
+        minutes: the whole time budget.
+        before: minutes of it that earlier runs have used.
+        wall_minutes: stop this long after the start of the process, to be continued later.
         warmup_steps: steps until the full rate.
         cooldown: last fraction of the time.
         max_steps: an end that may come before the time's; 0 for none.
@@ -46,25 +38,31 @@ class Schedule:
     def __init__(
         self,
         accelerator: Accelerator,
-        seconds: float,
+        minutes: float,
         *,
+        before: float = 0.0,
+        wall_minutes: float | None = None,
         warmup_steps: int = 100,
         cooldown: float = 0.3,
         max_steps: int = 0,
     ) -> None:
         self.accelerator = accelerator
-        self.seconds = seconds
+        self.minutes = minutes
+        self.before = before
+        self.wall_minutes = math.inf if wall_minutes is None else wall_minutes
         self.warmup_steps = warmup_steps
         self.cooldown = cooldown
         self.max_steps = max_steps
         self.begun = time.monotonic()
         self.steps = 0
-        self.fraction = 0.0
+        self.elapsed = 0.0
         self.synced = True
+        self.out_of_time = False
 
     @property
-    def elapsed(self) -> float:
-        return self.fraction * self.seconds
+    def fraction(self) -> float:
+        """How much of the budget is used up."""
+        return (self.before + self.elapsed) / max(self.minutes, 1e-9)
 
     @property
     def factor(self) -> float:
@@ -73,12 +71,19 @@ class Schedule:
         cool = min(1.0, (1 - self.fraction) / self.cooldown) if self.cooldown else 1.0
         return warm * max(0.0, cool)
 
+    @property
+    def finished(self) -> bool:
+        return self.fraction > 1 - 1e-6 or self.steps == self.max_steps > 0
+
     def advance(self) -> bool:
-        """Count a step; False when that was the last one."""
+        """Count a step; False when that was the last one of this run."""
         self.steps += 1
         self.synced = self.steps % SYNC_EVERY == 0 or self.steps == self.max_steps
         if self.synced:
-            fraction = (time.monotonic() - self.begun) / max(self.seconds, 1e-6)
-            clock = torch.tensor([fraction], device=self.accelerator.device)
-            self.fraction = float(self.accelerator.reduce(clock, "max").item())
-        return self.fraction < 1 and self.steps != self.max_steps
+            minutes = [(time.monotonic() - self.begun) / 60, process_seconds() / 60]
+            clocks = torch.tensor(minutes, device=self.accelerator.device)
+            self.elapsed, process = self.accelerator.reduce(clocks, "sum").tolist()
+            count = self.accelerator.num_processes
+            self.elapsed /= count
+            self.out_of_time = process / count + RESERVE_SECONDS / 60 >= self.wall_minutes
+        return not (self.finished or self.out_of_time)

@@ -41,7 +41,7 @@ from sla_video.pipelines.tiny_wan.models import (
 )
 from sla_video.pipelines.tiny_wan.muon import BatchedMuon
 from sla_video.pipelines.tiny_wan.render import FRAME_SIZE
-from sla_video.pipelines.tiny_wan.schedule import Schedule, process_seconds, stage_seconds
+from sla_video.pipelines.tiny_wan.schedule import Schedule, process_seconds
 
 LOG_EVERY = 200
 ADAM_RATE = 0.5
@@ -124,7 +124,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
     trainer = Trainer(args, accelerator, model, wrapped, ema, optimizers, vae, done)
     while (number := trainer.next_stage()) is not None:
-        trainer.run(number)
+        if not trainer.run(number):
+            accelerator.print("out of time; the same command goes on from here")
+            break
 
 
 class Trainer:
@@ -155,8 +157,8 @@ class Trainer:
         finished = sum(bool(entry["finished"]) for entry in self.done)
         return finished if finished < len(self.args.stages) else None
 
-    def run(self, number: int) -> None:
-        """Train one stage until its time is up, saving now and then and at the end."""
+    def run(self, number: int) -> bool:
+        """Train one stage, saving now and then and at the end; whether it is finished."""
         args, accelerator, stage = self.args, self.accelerator, self.args.stages[number]
         if number == len(self.done):
             self.done.append({**vars(stage), "trained_minutes": 0.0, "steps": 0, "clips": 0})
@@ -172,15 +174,15 @@ class Trainer:
         scenes = stream(encode_batch, seed, args.workers)
         while bank.drawn < min(stage.batch_size * args.reuse, len(bank.latents)):
             bank.add(next(scenes))
-        planned = [s.minutes for s in args.stages[number:]]
-        planned[0] = max(0.0, planned[0] - before["trained_minutes"])
         schedule = Schedule(
             accelerator,
-            stage_seconds(planned, args.wall_minutes),
+            stage.minutes,
+            before=before["trained_minutes"],
+            wall_minutes=args.wall_minutes,
             cooldown=args.cooldown,
             max_steps=args.max_steps,
         )
-        accelerator.print(f"{stage}: {schedule.seconds:.0f} s, {process_seconds():.0f} s in")
+        accelerator.print(f"{stage}: from {schedule.fraction:.0%}, {process_seconds():.0f} s in")
         total = torch.zeros((), device=accelerator.device)
         owed, logged, saved, going = 0.0, (0, 0.0), 0.0, True
         while going:
@@ -196,13 +198,13 @@ class Trainer:
             clips = stage.batch_size * accelerator.num_processes
             self.done[number] = {
                 **before,
-                "trained_minutes": before["trained_minutes"] + schedule.elapsed / 60,
+                "trained_minutes": before["trained_minutes"] + schedule.elapsed,
                 "steps": before["steps"] + schedule.steps,
                 "clips": before["clips"] + schedule.steps * clips,
-                "finished": not going,
+                "finished": schedule.finished,
             }
             if steps >= LOG_EVERY or not going:
-                rate = steps * clips / max(schedule.elapsed - logged[1], 1e-9)
+                rate = steps * clips / max(60 * (schedule.elapsed - logged[1]), 1e-9)
                 accelerator.print(
                     f"step {schedule.steps} {schedule.fraction:.0%} "
                     f"loss {total.item() / steps:.4f} {rate:.0f} clips/s bank {bank.filled}",
@@ -210,10 +212,11 @@ class Trainer:
                 )
                 logged = (schedule.steps, schedule.elapsed)
                 total.zero_()
-            if schedule.elapsed - saved >= args.save_every or not going:
+            if 60 * (schedule.elapsed - saved) >= args.save_every or not going:
                 saved = schedule.elapsed
                 if accelerator.is_main_process:
                     save(args, self.model, self.ema, self.optimizers, self.done)
+        return schedule.finished
 
     def step(self, stage: Stage, factor: float, bank: LatentBank) -> Tensor:
         """One optimizer step; returns its loss."""
@@ -279,7 +282,7 @@ def main() -> None:
     parser.add_argument(
         "--wall-minutes",
         type=float,
-        help="end this long after the start of the process; the stages share what time there is",
+        help="save and stop this long after the start of the process",
     )
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)

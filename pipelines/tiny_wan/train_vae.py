@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from sla_video.pipelines.tiny_wan import checkpoints
 from sla_video.pipelines.tiny_wan.data import Batch, clip_params, stream
-from sla_video.pipelines.tiny_wan.grammar import sample_scene
 from sla_video.pipelines.tiny_wan.models import build_vae, decode_clip, encode_clip, load_vae
-from sla_video.pipelines.tiny_wan.render import ClipParams, place, render
-from sla_video.pipelines.tiny_wan.schedule import Schedule, stage_seconds
+from sla_video.pipelines.tiny_wan.placement import ClipParams, place
+from sla_video.pipelines.tiny_wan.render import render
+from sla_video.pipelines.tiny_wan.scenes import sample_scene
+from sla_video.pipelines.tiny_wan.schedule import Schedule
 
 # Windows of the world that training crops: the full-size model's scale, half, and a quarter of it.
 EXTENTS = (0.5, 0.5, 1.0, 2.0)
@@ -131,11 +132,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     rng = random.Random(seed)
     schedule = Schedule(
         accelerator,
-        stage_seconds([args.minutes], args.wall_minutes),
+        args.minutes,
+        before=before["minutes"],
+        wall_minutes=args.wall_minutes,
         cooldown=0.4,
         max_steps=args.max_steps,
     )
-    saved, going = 0.0, True
+    saved, going = 0.0, not schedule.finished
     while going:
         for group in prepared.param_groups:
             group["lr"] = args.learning_rate * schedule.factor
@@ -152,12 +155,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 f"psnr {psnr:.2f}",
                 flush=True,
             )
-        if schedule.elapsed - saved >= args.save_every or not going:
+        if 60 * (schedule.elapsed - saved) >= args.save_every or not going:
             saved = schedule.elapsed
             clips = schedule.steps * args.batch_size * accelerator.num_processes
             progress = {
                 "clips": before["clips"] + clips,
-                "minutes": before["minutes"] + schedule.elapsed / 60,
+                "minutes": before["minutes"] + schedule.elapsed,
             }
             if accelerator.is_main_process:
                 save(args, vae, optimizer, progress, batches, device)
@@ -193,7 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time after compiling")
     parser.add_argument(
-        "--wall-minutes", type=float, help="end this long after the start of the process"
+        "--wall-minutes", type=float, help="save and stop this long after the start of the process"
     )
     parser.add_argument("--init", type=Path, help="pipeline folder or checkpoint to start from")
     parser.add_argument(
