@@ -127,7 +127,7 @@ def _load(request: GenerationRequest, plan: GenerationPlan, progress: Progress) 
         folder = download(plan.source.name)
         progress.stage(f"loading {plan.source.name}")
     pipe = load_pipeline(folder, device=device, dtype=dtype, offload=request.offload)
-    handle = None if plan.dense else _enable(pipe, routers, plan.sparsity)
+    handle = None if plan.dense else _enable(pipe, routers, plan)
     seconds = time.perf_counter() - start
     return _Loaded(pipe=pipe, handle=handle, device=device, dtype=dtype, seconds=seconds)
 
@@ -154,11 +154,11 @@ def _read_routers(name: str, source: ModelSource) -> RouterSet:
     return routers
 
 
-def _enable(pipe: Any, routers: RouterSet | None, sparsity: float | None) -> SLAHandle:
+def _enable(pipe: Any, routers: RouterSet | None, plan: GenerationPlan) -> SLAHandle:
     from sla_video.pipelines.patching import enable_sla
 
     try:
-        return enable_sla(pipe, routers, sparsity=sparsity)
+        return enable_sla(pipe, routers, sparsity=plan.sparsity, dense_steps=plan.dense_steps)
     except (ValueError, TypeError, OSError) as error:
         raise InputError(one_line(error)) from error
 

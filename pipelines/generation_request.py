@@ -30,6 +30,7 @@ class GenerationRequest:
         routers: a folder or hub id of trained routers; `None` is the training-free mode.
         sparsity: share of the key blocks left to the linear branch, in [0, 1).
         dense: keep the model's own full attention.
+        dense_steps: how many of the first steps keep it; they fix the layout of the video.
         steps: denoising steps.
         guidance_scale: weight of the prompt; 1 or less turns classifier-free guidance off.
         negative_prompt: what to move away from, with guidance.
@@ -53,6 +54,7 @@ class GenerationRequest:
     routers: str | None = None
     sparsity: float | None = None
     dense: bool = False
+    dense_steps: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -73,12 +75,13 @@ class GenerationRequest:
             raise InputError('no prompt given: for instance "a red circle moves left"')
         if any(not prompt.strip() for prompt in self.prompts):
             raise InputError("`prompt` is empty: say what the video should show")
-        if self.dense and (self.routers is not None or self.sparsity is not None):
-            given = "routers" if self.routers is not None else "sparsity"
-            raise InputError(f"`dense` is full attention and takes no `{given}`: leave one out")
+        given = [n for n in ("routers", "sparsity", "dense_steps") if getattr(self, n) is not None]
+        if self.dense and given:
+            raise InputError(f"`dense` is full attention and takes no `{given[0]}`: leave one out")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         _check_whole("steps", self.steps, 1, _MAX_STEPS)
+        _check_whole("dense_steps", self.dense_steps, 0, _MAX_STEPS)
         _check_whole("frames", self.frames, 1)
         _check_whole("height", self.height, 1)
         _check_whole("width", self.width, 1)
@@ -124,7 +127,7 @@ class GenerationPlan:
     """A request that has passed every check that needs no weights, with all defaults filled in.
 
     Attributes:
-        sparsity: `None` with dense attention, or to use the sparsity the routers were trained for.
+        sparsity, dense_steps: `None` with dense attention, or to use those of the routers.
     """
 
     source: ModelSource
@@ -132,6 +135,7 @@ class GenerationPlan:
     routers: str | None
     dense: bool
     sparsity: float | None
+    dense_steps: int | None
     steps: int
     guidance_scale: float
     negative_prompt: str | None
@@ -152,12 +156,15 @@ def plan_generation(request: GenerationRequest) -> GenerationPlan:
     defaults = source.defaults
     values = {
         field: getattr(defaults if getattr(request, field) is None else request, field)
-        for field in ("steps", "guidance_scale", "frames", "height", "width", "fps", "sparsity")
+        for field in ("steps", "guidance_scale", "frames", "height", "width", "fps")
     }
     source.geometry.check(values["frames"], values["height"], values["width"])
-    if request.dense or (request.routers is not None and request.sparsity is None):
-        values["sparsity"] = None
-    else:
+    for field in ("sparsity", "dense_steps"):
+        value = getattr(request, field)
+        if value is None and not request.dense and request.routers is None:
+            value = getattr(defaults, field)
+        values[field] = value
+    if values["sparsity"] is not None:
         check_sparsity(values["sparsity"])
     prompts = [" ".join(p.split()) for p in request.prompts for _ in range(request.num_videos)]
     assert request.seed is not None  # drawn in __post_init__

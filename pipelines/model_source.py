@@ -40,6 +40,7 @@ class ModelDefaults:
     guidance_scale: float = 5.0
     fps: float = 16
     sparsity: float = 0.9
+    dense_steps: int = 0
     max_sequence_length: int = 512
 
 
@@ -52,6 +53,7 @@ _DEFAULTS_KEYS = {
     "guidance_scale": "guidance_scale",
     "fps": "fps",
     "sparsity": "sparsity",
+    "dense_steps": "dense_steps",
     "max_sequence_length": "max_sequence_length",
 }
 

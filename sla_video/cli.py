@@ -93,6 +93,10 @@ def generate(
     dense: Annotated[
         bool, typer.Option("--dense", help="Use the model's own full attention, to compare.")
     ] = False,
+    dense_steps: Annotated[
+        int | None,
+        typer.Option(help="First steps with full attention.  [default: the model's own]"),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
     ] = None,
@@ -163,6 +167,7 @@ def generate(
         routers=routers,
         sparsity=sparsity,
         dense=dense,
+        dense_steps=dense_steps,
         steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,

@@ -34,6 +34,8 @@ PROMPT = "a red circle"
         ([PROMPT, "--sparsity", "-0.1"], ["`sparsity` must be in [0, 1), got -0.1"]),
         ([PROMPT, "--sparsity", "nan"], ["`sparsity` must be in [0, 1), got nan"]),
         ([PROMPT, "--sparsity", "0.5", "--dense"], ["`dense`", "`sparsity`"]),
+        ([PROMPT, "--dense-steps", "1", "--dense"], ["`dense`", "`dense_steps`"]),
+        ([PROMPT, "--dense-steps", "-1"], ["`dense_steps` must be from 0 to 1000, got -1"]),
         ([PROMPT, "--routers", "x", "--dense"], ["`dense`", "`routers`"]),
         ([PROMPT, "--steps", "0"], ["`steps` must be from 1 to 1000, got 0"]),
         ([PROMPT, "--steps", "1001"], ["`steps` must be from 1 to 1000, got 1001"]),

@@ -191,23 +191,36 @@ def test_defaults_of_a_model_are_used(tiny_pipeline_dir: Path, tmp_path: Path) -
     shutil.copytree(tiny_pipeline_dir, model)
     defaults = {"num_inference_steps": 3, "guidance_scale": 1, "sparsity": 0.25, "fps": 10}
     defaults |= {"num_frames": 5, "height": 32, "width": 48, "max_sequence_length": 16}
+    defaults |= {"dense_steps": 2}
     (model / "defaults.json").write_text(json.dumps(defaults))
     outcome = call("generate", PROMPT, "--model", model, "--out", tmp_path / "clip.mp4")
     assert outcome.code == 0, outcome.err
     settings = json.loads((tmp_path / "clip.json").read_text())["settings"]
     wanted = {"steps": 3, "guidance_scale": 1, "sparsity": 0.25, "fps": 10, "frames": 5}
-    wanted |= {"height": 32, "width": 48, "max_sequence_length": 16}
+    wanted |= {"height": 32, "width": 48, "max_sequence_length": 16, "dense_steps": 2}
     assert {name: settings[name] for name in wanted} == wanted
 
 
-def test_routers_bring_their_sparsity(
+def test_routers_bring_their_settings(
     tiny_pipeline_dir: Path, tmp_path: Path, tiny_pipeline: Any
 ) -> None:
-    with sla_video.enable_sla(tiny_pipeline, sparsity=0.75) as handle:
+    with sla_video.enable_sla(tiny_pipeline, sparsity=0.75, dense_steps=1) as handle:
         sla_video.save_routers(tmp_path / "routers", handle)
     record = generate(tiny_pipeline_dir, tmp_path, "--routers", tmp_path / "routers")
     assert record["settings"]["routers"] == str(tmp_path / "routers")
     assert record["attention"]["config"]["sparsity"] == 0.75
+    assert record["attention"]["config"]["dense_steps"] == 1
+
+
+def test_dense_steps_are_dense(
+    tiny_pipeline_dir: Path, tmp_path: Path, frames_written: list[np.ndarray[Any, Any]]
+) -> None:
+    sparse = ("--sparsity", "0.5", "--dense-steps")
+    for options in (("--dense",), (*sparse, "2"), (*sparse, "1"), (*sparse, "0")):
+        generate(tiny_pipeline_dir, tmp_path, "--seed", "3", *options)
+    dense, both, first, none = frames_written
+    np.testing.assert_array_equal(both, dense)
+    assert all((a != b).any() for a, b in ((dense, first), (first, none), (dense, none)))
 
 
 def interrupt_encoding(path: Path, *_: Any) -> None:

@@ -54,11 +54,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--dense-steps", type=int, default=0)
     args = parser.parse_args()
     defaults = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "sparsity": args.sparsity,
+        "dense_steps": args.dense_steps,
         "num_frames": NUM_FRAMES,
         "height": FRAME_SIZE,
         "width": FRAME_SIZE,
