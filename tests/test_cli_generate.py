@@ -215,12 +215,17 @@ def test_routers_bring_their_settings(
 def test_dense_steps_are_dense(
     tiny_pipeline_dir: Path, tmp_path: Path, frames_written: list[np.ndarray[Any, Any]]
 ) -> None:
-    sparse = ("--sparsity", "0.5", "--dense-steps")
-    for options in (("--dense",), (*sparse, "2"), (*sparse, "1"), (*sparse, "0")):
-        generate(tiny_pipeline_dir, tmp_path, "--seed", "3", *options)
-    dense, both, first, none = frames_written
+    size = ("--frames", 9, "--height", 64, "--width", 64, "--seed", 3)
+    sparse = ("--sparsity", 0.6, "--dense-steps")
+    dense_calls = []
+    for options in ((*sparse, 2), (*sparse, 1), (*sparse, 0)):
+        layer = generate(tiny_pipeline_dir, tmp_path, *size, *options)["attention"]["layers"][0]
+        dense_calls.append((layer["dense_calls"], layer["calls"]))
+    assert dense_calls == [(4, 4), (2, 4), (0, 4)], "two steps, each with and without the prompt"
+    generate(tiny_pipeline_dir, tmp_path, *size, "--dense")
+    both, first, none, dense = frames_written
     np.testing.assert_array_equal(both, dense)
-    assert all((a != b).any() for a, b in ((dense, first), (first, none), (dense, none)))
+    assert (first != none).any() and (first != dense).any()
 
 
 def interrupt_encoding(path: Path, *_: Any) -> None:
