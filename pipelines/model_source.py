@@ -133,7 +133,7 @@ def find_model(name: str) -> ModelSource:
         if not folder.is_dir():
             raise InputError(
                 f"the embedded model {name!r} is missing from this installation ({folder}): "
-                "install sla-video again, or give another --model"
+                "give a Wan pipeline with --model FOLDER-OR-HUB-ID"
             )
         return _from_folder(name, folder)
     path = Path(name).expanduser()

@@ -37,7 +37,7 @@ def test_models_that_are_none(model: str, words: list[str], here: Path) -> None:
 def test_an_installation_without_its_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_source, "embedded_folder", lambda: here / "tiny-wan")
     outcome = call("generate", PROMPT)
-    assert_refused(outcome, "embedded model 'tiny-wan' is missing", "install sla-video again")
+    assert_refused(outcome, "embedded model 'tiny-wan' is missing", "--model")
 
 
 def truncate(path: Path) -> None:

@@ -173,7 +173,26 @@ def test_transformer_training_goes_on_where_it_was(
     after = checkpoints.load_group(out, "weights")
     frozen = [k for k in after if torch.equal(after[k], before[k])]
     assert frozen == []
+    assert state_of(out)["ema_steps"] == 4, "the average goes on across runs"
     assert all(torch.isfinite(v).all() for v in after.values())
+
+
+def test_a_checkpoint_of_other_networks_is_refused(
+    vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {"weights": {"transformer.blocks.0.attn1.to_q.weight": torch.zeros(2, 2)}}
+    checkpoints.save_checkpoint(tmp_path / "other", other, {"stages": [], "ema_steps": 0})
+    arguments = ["--init", tmp_path / "other", "--out", tmp_path / "run", *SMALL]
+    with pytest.raises(SystemExit, match="does not fit transformer"):
+        run(
+            train_transformer,
+            monkeypatch,
+            "--vae",
+            vae_run,
+            "--stages",
+            "16:2:1:2:1e-3",
+            *arguments,
+        )
 
 
 def test_without_a_checkpoint_training_says_so(

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from sla_video.pipelines.tiny_wan import grammar, placement, render
+from sla_video.pipelines.tiny_wan import placement, render
 from sla_video.pipelines.tiny_wan.placement import ClipParams
 from sla_video.pipelines.tiny_wan.scenes import (
     CARDINALS,
@@ -16,20 +16,8 @@ from sla_video.pipelines.tiny_wan.scenes import (
     DIRECTION_VECTORS,
     SHAPES,
     TONES,
-    Scene,
-    sample_scene,
 )
-
-
-def scenes_of(number: int, seed: int = 0, *, held_out: bool = False) -> list[Scene]:
-    rng = random.Random(seed)
-    return [sample_scene(rng, held_out=held_out) for _ in range(number)]
-
-
-def read(prompt: str) -> Scene:
-    scene = grammar.parse(prompt)
-    assert scene is not None, prompt
-    return scene
+from world_scenes import read, scenes_of
 
 
 def spans(params: ClipParams) -> tuple[torch.Tensor, torch.Tensor]:

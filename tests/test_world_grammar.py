@@ -23,8 +23,8 @@ from sla_video.pipelines.tiny_wan.scenes import (
     ObjectSpec,
     Scene,
     _sample_any,
-    sample_scene,
 )
+from world_scenes import read, scenes_of
 
 README_PROMPT = "a red circle moves left on a white background"
 # Changing what is held out would let later training see what earlier models are judged on.
@@ -43,17 +43,6 @@ VOCABULARY = (
     "rest rests right side slide slides small square star stay stays still striped the to "
     "together towards triangle up upwards way white yellow"
 )
-
-
-def scenes_of(number: int, seed: int = 0, *, held_out: bool = False) -> list[Scene]:
-    rng = random.Random(seed)
-    return [sample_scene(rng, held_out=held_out) for _ in range(number)]
-
-
-def read(prompt: str) -> Scene:
-    scene = grammar.parse(prompt)
-    assert scene is not None, prompt
-    return scene
 
 
 @pytest.mark.parametrize("worded", ["canonical", "varied"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,7 @@ from sla_video.pipelines.tiny_wan.models import (
     build_tokenizer,
     build_transformer,
     load_vae,
+    load_weights,
 )
 from sla_video.pipelines.tiny_wan.render import FRAME_SIZE, NUM_FRAMES
 from sla_video.pipelines.tiny_wan.scenes import Scene, sample_scene
@@ -67,10 +69,7 @@ def load_pipeline(model: str, vae: Path | None, weights: str) -> WanPipeline:
         raise SystemExit(f"{path} is a checkpoint: --vae names the VAE's")
     tokenizer = build_tokenizer()
     transformer, encoder = build_transformer(), build_text_encoder(len(tokenizer))
-    state = checkpoints.load_group(path, weights)
-    for prefix, module in (("transformer.", transformer), ("text_encoder.", encoder)):
-        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        module.load_state_dict(part, strict=False)
+    load_weights(checkpoints.load_group(path, weights), transformer, encoder)
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
@@ -191,7 +190,9 @@ def main() -> None:
                 if args.sheet and setting == args.settings[0]:
                     contact_sheet(videos, args.sheet)
                 if args.json:
-                    args.json.write_text(json.dumps(report, indent=1))
+                    part = args.json.with_name(args.json.name + ".part")
+                    part.write_text(json.dumps(report, indent=1))
+                    os.replace(part, args.json)
     accelerator.end_training()
 
 

@@ -7,6 +7,7 @@ result, which is what training and bulk encoding want.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -103,6 +104,25 @@ def build_vae(
         scale_factor_temporal=4,
         scale_factor_spatial=8,
     )
+
+
+def load_weights(
+    group: Mapping[str, Tensor], transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel
+) -> None:
+    """Fill both networks from one group of a training checkpoint.
+
+    Raises:
+        SystemExit: the checkpoint is of networks of another shape.
+    """
+    for prefix, module in (("transformer.", transformer), ("text_encoder.", text_encoder)):
+        part = {k.removeprefix(prefix): v for k, v in group.items() if k.startswith(prefix)}
+        if "shared.weight" in part:  # saved once, under the first of its two names
+            part["encoder.embed_tokens.weight"] = part["shared.weight"]
+        try:
+            module.load_state_dict(part)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise SystemExit(f"the checkpoint does not fit {prefix[:-1]}: {reason}") from error
 
 
 def load_vae(folder: Path) -> AutoencoderKLWan:

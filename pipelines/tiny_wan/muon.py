@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,7 +60,11 @@ class BatchedMuon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -68,6 +72,7 @@ class BatchedMuon(torch.optim.Optimizer):
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
                 self._step_shape(shape, params, group)
+        return loss
 
     def _step_shape(self, shape: torch.Size, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:

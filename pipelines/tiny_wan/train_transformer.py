@@ -38,6 +38,7 @@ from sla_video.pipelines.tiny_wan.models import (
     build_tokenizer,
     build_transformer,
     load_vae,
+    load_weights,
 )
 from sla_video.pipelines.tiny_wan.muon import BatchedMuon
 from sla_video.pipelines.tiny_wan.render import FRAME_SIZE
@@ -88,7 +89,7 @@ def build_optimizers(model: TextToVideo, kind: str) -> list[torch.optim.Optimize
     return [adam, muon]
 
 
-def load_weights(folder: Path, model: TextToVideo) -> None:
+def start_from(folder: Path, model: TextToVideo) -> None:
     """Weights from a checkpoint's `weights`, or from a pipeline folder."""
     if (folder / "model_index.json").is_file():
         transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
@@ -96,10 +97,10 @@ def load_weights(folder: Path, model: TextToVideo) -> None:
         model.transformer.load_state_dict(transformer.state_dict())
         model.text_encoder.load_state_dict(encoder.state_dict())
         return
-    found = checkpoints.newest(folder)
-    if found is None:
+    if not (folder / checkpoints.JSON_NAME).is_file():
         raise SystemExit(f"no checkpoint and no pipeline in {folder}")
-    model.load_state_dict(checkpoints.load_group(found, "weights"), strict=False)
+    group = checkpoints.load_group(folder, "weights")
+    load_weights(group, model.transformer, model.text_encoder)
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -108,10 +109,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     set_seed(args.seed)
     model = TextToVideo(build_transformer(), build_text_encoder(len(build_tokenizer())))
     resume = checkpoints.newest(args.out)
-    source = resume or args.init
+    source = resume or (args.init and (checkpoints.newest(args.init) or args.init))
     done: list[dict[str, Any]] = checkpoints.load_state(resume)["stages"] if resume else []
     if source:
-        load_weights(source, model)
+        start_from(source, model)
     model.to(device)
     ema = EMAModel(model.parameters(), decay=args.ema, foreach=True)
     optimizers = build_optimizers(model, args.optimizer)
@@ -240,6 +241,8 @@ def restore(
     averaged = checkpoints.load_group(folder, "ema")
     for (name, _), shadow in zip(model.named_parameters(), ema.shadow_params, strict=True):
         shadow.copy_(averaged[name])
+    # Without its count the average would begin anew, at the weights of the first few steps.
+    ema.optimization_step = checkpoints.load_state(folder)["ema_steps"]
     for i, optimizer in enumerate(optimizers):
         if (folder / f"{kind}{i}.safetensors").is_file():
             checkpoints.restore_optimizer(optimizer, checkpoints.load_group(folder, f"{kind}{i}"))
@@ -260,7 +263,8 @@ def save(
     for i, optimizer in enumerate(optimizers):
         inner = getattr(optimizer, "optimizer", optimizer)
         groups[f"{args.optimizer}{i}"] = checkpoints.optimizer_tensors(inner)
-    checkpoints.save_checkpoint(args.out, groups, {"stages": stages})
+    state = {"stages": stages, "ema_steps": ema.optimization_step}
+    checkpoints.save_checkpoint(args.out, groups, state)
 
 
 def main() -> None:
