@@ -17,6 +17,7 @@ read -ra settings <<<"${SETTINGS:-dense 0.80 0.85 0.90 0.95 0.97}"
 left() { python3 -c "print($minutes - $SECONDS / 60)"; }
 launch() { torchrun --nproc_per_node "$gpus" -m "$@"; }
 
+[[ -d "$run/text" ]] || python3 -m $tiny.train_text_encoder --out "$run/text"
 launch $tiny.train_vae --out "$run/vae" --minutes "$vae_minutes" --wall-minutes "$(left)" \
   --channels-last
 # The transformer is trained on the latents of the finished VAE only.
@@ -25,8 +26,8 @@ import json, sys
 done = json.load(open(sys.argv[1]))["progress"]["minutes"]
 sys.exit(done < 0.999 * float(sys.argv[2]))
 PY
-launch $tiny.train_transformer --vae "$run/vae" --out "$run/model" --stages "${stages[@]}" \
-  --wall-minutes "$(left)"
+launch $tiny.train_transformer --vae "$run/vae" --text-encoder "$run/text" --out "$run/model" \
+  --stages "${stages[@]}" --wall-minutes "$(left)"
 python3 -m $tiny.export --vae "$run/vae" --transformer "$run/model" --out "$run/tiny-wan"
 if python3 -c "import sys; sys.exit($(left) < 1.5)"; then
   launch $tiny.evaluate --model "$run/tiny-wan" --prompts 200 --settings "${settings[@]}" \

@@ -38,7 +38,7 @@ def test_evaluate_compares_settings_from_the_same_noise(
     save_pipeline(tmp_path / "model", build_vae(), build_transformer(), encoder)
     report, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
     arguments = ["--model", tmp_path / "model", "--prompts", 2, "--size", 32, "--steps", 1]
-    arguments += ["--settings", "dense", "0.0", "0.5", "--judges", 1]
+    arguments += ["--settings", "dense", "0.0", "0.5"]
     arguments += ["--json", report, "--sheet", sheet]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     evaluate.main()

@@ -30,10 +30,13 @@ class SceneStream(IterableDataset[Batch]):
     `[B, CAPTIONS_PER_SCENE, TEXT_LENGTH]`, padded with 0.
     """
 
-    def __init__(self, batch_size: int, seed: int, *, with_captions: bool = True) -> None:
+    def __init__(
+        self, batch_size: int, seed: int, *, with_captions: bool = True, pairs: float = 0.5
+    ) -> None:
         self.batch_size = batch_size
         self.seed = seed
         self.with_captions = with_captions
+        self.pairs = pairs
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -41,11 +44,13 @@ class SceneStream(IterableDataset[Batch]):
         torch.set_num_threads(1)
         tokenizer = build_tokenizer() if self.with_captions else None
         while True:
-            yield draw_batch(self.batch_size, rng, tokenizer)
+            yield draw_batch(self.batch_size, rng, tokenizer, self.pairs)
 
 
-def draw_batch(count: int, rng: random.Random, tokenizer: PreTrainedTokenizerFast | None) -> Batch:
-    scenes = [sample_scene(rng) for _ in range(count)]
+def draw_batch(
+    count: int, rng: random.Random, tokenizer: PreTrainedTokenizerFast | None, pairs: float = 0.5
+) -> Batch:
+    scenes = [sample_scene(rng, pairs=pairs) for _ in range(count)]
     params = place(scenes, rng)
     batch = {f.name: getattr(params, f.name) for f in fields(params)}
     if tokenizer is not None:
@@ -71,11 +76,11 @@ def clip_params(batch: Batch, device: torch.device) -> ClipParams:
 
 
 def stream(
-    batch_size: int, seed: int, workers: int, *, with_captions: bool = True
+    batch_size: int, seed: int, workers: int, *, with_captions: bool = True, pairs: float = 0.5
 ) -> Iterator[Batch]:
-    """Batches of `SceneStream` from `workers` processes."""
+    """Batches of `SceneStream` from `workers` processes; `pairs` of the scenes have two objects."""
     loader = DataLoader(
-        SceneStream(batch_size, seed, with_captions=with_captions),
+        SceneStream(batch_size, seed, with_captions=with_captions, pairs=pairs),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,

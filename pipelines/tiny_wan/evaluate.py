@@ -15,7 +15,6 @@ import math
 import os
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,6 @@ def main() -> None:
     parser.add_argument("--text-positions", type=int, default=TEXT_POSITIONS[0])
     parser.add_argument("--shift", type=float, help="of the scheduler's noise levels")
     parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--judges", type=int, default=8, help="processes that measure videos")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="PNG of the first setting's first videos")
     args = parser.parse_args()
@@ -173,8 +171,7 @@ def main() -> None:
         mine, mine_scenes = [prompts[i] for i in numbers], [scenes[i] for i in numbers]
         for setting in args.settings:
             videos, seconds = run_setting(pipe, setting, mine, numbers, args)
-            with ProcessPoolExecutor(args.judges) as pool:
-                results = list(pool.map(adherence.measure, videos, mine_scenes))
+            results = adherence.measure_many(videos, mine_scenes)
             baseline = videos if baseline is None else baseline
             psnr = [_psnr(a, b) for a, b in zip(videos, baseline, strict=True)]
             results = gather_object(results)

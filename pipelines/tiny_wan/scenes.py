@@ -77,10 +77,14 @@ class Scene:
         return int.from_bytes(digest, "little") % HELD_OUT_FRACTION == 0
 
 
-def sample_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """Draw one scene meaning, from the training set or from the held-out set."""
+def sample_scene(rng: random.Random, *, held_out: bool = False, pairs: float = 0.5) -> Scene:
+    """Draw one scene meaning, from the training set or from the held-out set.
+
+    Args:
+        pairs: share of scenes with two objects, which are the harder ones to learn.
+    """
     while True:
-        scene = _sample_any(rng)
+        scene = _sample_any(rng, pairs)
         if scene.held_out == held_out:
             return scene
 
@@ -91,7 +95,7 @@ def _sample_object(rng: random.Random, other: str | None = None) -> ObjectSpec:
     return ObjectSpec(colour=colour, shape=rng.choice(SHAPES), size=size)
 
 
-def _sample_any(rng: random.Random) -> Scene:
+def _sample_any(rng: random.Random, pairs: float = 0.5) -> Scene:
     tone = rng.choice((None, *TONES, *TONES))
     pattern = rng.choice((None, *PATTERNS, "plain"))
     if pattern is None:
@@ -100,7 +104,7 @@ def _sample_any(rng: random.Random) -> Scene:
         tone = rng.choice(TONES)
     first = _sample_object(rng)
     draw = rng.random()
-    if draw < 0.5:
+    if draw < 1 - pairs:
         kind = rng.choices(("move", "bounce", "still"), (0.7, 0.18, 0.12))[0]
         directions = CARDINALS if kind == "bounce" else DIRECTIONS
         direction = None if kind == "still" else rng.choice(directions)

@@ -26,6 +26,8 @@ def process_seconds() -> float:
 class Schedule:
     """Warm up over the first steps, hold, cool down linearly to zero at the end of the time.
 
+    The time begins when the first step is done: that step compiles.
+
     Args:
         minutes: the whole time budget.
         before: minutes of it that earlier runs have used.
@@ -78,6 +80,8 @@ class Schedule:
     def advance(self) -> bool:
         """Count a step; False when that was the last one of this run."""
         self.steps += 1
+        if self.steps == 1:
+            self.begun = time.monotonic()
         self.synced = self.steps % SYNC_EVERY == 0 or self.steps == self.max_steps
         if self.synced:
             minutes = [(time.monotonic() - self.begun) / 60, process_seconds() / 60]

@@ -2,11 +2,13 @@
 
 Low resolution first: motion and colours are learned from millions of cheap 64-pixel clips, edges
 from fewer large ones. Rotary positions are spread so that a small clip's tokens stand where they
-would in the full-size one. A stage is `size:batch:minutes:shift:rate`: pixels a side, clips a
-process, training time, shift of the noise levels, peak learning rate.
+would in the full-size one. A stage is `size:batch:minutes:shift:rate[:sparsity]`: pixels a side,
+clips a process, training time, shift of the noise levels, peak learning rate. In a stage with a
+sparsity half of the steps run with SLA2, without trained routers, so that the model is at home with
+both kinds of attention (as in SSA, arXiv 2511.20102: one draw a step for the whole network).
 
     accelerate launch --num_processes 4 -m sla_video.pipelines.tiny_wan.train_transformer \\
-        --vae runs/vae --out runs/tiny-wan \\
+        --vae runs/vae --text-encoder runs/text --out runs/tiny-wan \\
         --stages 64:256:4.5:2:2e-3 128:96:3.5:3.5:1.5e-3 256:32:3:6:1e-3
 
 Every minute and after each stage `--out` is written atomically (weights, EMA, optimizers, stages);
@@ -17,6 +19,8 @@ folder, such as the embedded model itself.
 from __future__ import annotations
 
 import argparse
+import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +28,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from transformers import UMT5EncoderModel
 
+from sla_video.pipelines.handle import SLAHandle
+from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.tiny_wan import checkpoints
 from sla_video.pipelines.tiny_wan.data import stream
 from sla_video.pipelines.tiny_wan.flow_matching import TextToVideo, spread_rotary_positions
@@ -37,15 +42,20 @@ from sla_video.pipelines.tiny_wan.models import (
     build_text_encoder,
     build_tokenizer,
     build_transformer,
+    load_text_encoder,
     load_vae,
-    load_weights,
 )
 from sla_video.pipelines.tiny_wan.muon import BatchedMuon
 from sla_video.pipelines.tiny_wan.render import FRAME_SIZE
 from sla_video.pipelines.tiny_wan.schedule import Schedule, process_seconds
+from sla_video.pipelines.tiny_wan.training_state import restore, save, start_from
 
 LOG_EVERY = 200
 ADAM_RATE = 0.5
+# The text encoder can read already; it only adapts.
+TEXT_RATE = 0.05
+# Share of the steps with dense attention, in stages that train SLA2 too.
+DENSE_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,50 +67,40 @@ class Stage:
     minutes: float
     shift: float
     learning_rate: float
+    sparsity: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Stage:
-        size, batch_size, minutes, shift, rate = text.split(":")
+        size, batch_size, minutes, shift, rate, *sparsity = text.split(":")
         return cls(
             size=int(size),
             batch_size=int(batch_size),
             minutes=float(minutes),
             shift=float(shift),
             learning_rate=float(rate),
+            sparsity=float(sparsity[0]) if sparsity else None,
         )
 
 
 def build_optimizers(model: TextToVideo, kind: str) -> list[torch.optim.Optimizer]:
-    """Muon on the hidden matrices and AdamW on the rest, or AdamW on everything."""
+    """Muon on the transformer's hidden matrices and AdamW on the rest, or AdamW on everything."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        hidden = ".blocks." in name or "text_encoder.encoder.block" in name
-        is_matrix = hidden and parameter.ndim == 2 and "relative_attention_bias" not in name
+    for name, parameter in model.transformer.named_parameters():
+        is_matrix = name.startswith("blocks.") and parameter.ndim == 2
         (matrices if is_matrix and kind == "muon" else others).append(parameter)
+    groups = [
+        {"params": others, "rate": ADAM_RATE},
+        {"params": list(model.text_encoder.parameters()), "rate": TEXT_RATE},
+    ]
     adam = torch.optim.AdamW(
-        others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=torch.cuda.is_available()
+        groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=torch.cuda.is_available()
     )
-    adam.param_groups[0]["rate"] = ADAM_RATE
     if kind == "adamw":
         return [adam]
     muon = BatchedMuon(matrices)
     muon.param_groups[0]["rate"] = 1.0
     return [adam, muon]
-
-
-def start_from(folder: Path, model: TextToVideo) -> None:
-    """Weights from a checkpoint's `weights`, or from a pipeline folder."""
-    if (folder / "model_index.json").is_file():
-        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
-        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-        model.transformer.load_state_dict(transformer.state_dict())
-        model.text_encoder.load_state_dict(encoder.state_dict())
-        return
-    if not (folder / checkpoints.JSON_NAME).is_file():
-        raise SystemExit(f"no checkpoint and no pipeline in {folder}")
-    group = checkpoints.load_group(folder, "weights")
-    load_weights(group, model.transformer, model.text_encoder)
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -113,6 +113,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     done: list[dict[str, Any]] = checkpoints.load_state(resume)["stages"] if resume else []
     if source:
         start_from(source, model)
+    if args.text_encoder and not resume:
+        model.text_encoder.load_state_dict(load_text_encoder(args.text_encoder).state_dict())
     model.to(device)
     ema = EMAModel(model.parameters(), decay=args.ema, foreach=True)
     optimizers = build_optimizers(model, args.optimizer)
@@ -120,7 +122,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         restore(source, args.optimizer, ema, optimizers, model)
     vae = load_vae(args.vae).to(device)
     if not args.no_compile:
-        # One block is compiled and serves them all; each stage has its own fixed shapes.
+        # One block is compiled and serves them all; each stage has its own fixed shapes. A block is
+        # smaller than a bucket of gradients, so its graph need not be cut at their borders.
+        torch._dynamo.config.optimize_ddp = False
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
     trainer = Trainer(args, accelerator, model, wrapped, ema, optimizers, vae, done)
@@ -152,6 +156,9 @@ class Trainer:
         self.optimizers = optimizers
         self.vae = vae
         self.done = done
+        self.sla: SLAHandle | None = None
+        # Of the same seed in every process.
+        self.coin = random.Random(args.seed)
 
     def next_stage(self) -> int | None:
         """Number of the stage to go on with: the interrupted one, the next one, or None."""
@@ -168,11 +175,14 @@ class Trainer:
         set_seed(seed)
         spread_rotary_positions(self.model.transformer, stage.size // 8, FRAME_SIZE // 8)
         self.model.shift = stage.shift
+        if stage.sparsity is not None:
+            self.sla = enable_sla(self.model.transformer, sparsity=stage.sparsity, impl=args.impl)
+        self.coin.seed(f"{args.seed}/{number}/{before['clips']}")
         bank = LatentBank(
             args.bank * 64**2 // stage.size**2, self.vae, stage.size, accelerator.device
         )
         encode_batch = max(4, args.encode_batch * 64**2 // stage.size**2)
-        scenes = stream(encode_batch, seed, args.workers)
+        scenes = stream(encode_batch, seed, args.workers, pairs=args.pairs)
         while bank.drawn < min(stage.batch_size * args.reuse, len(bank.latents)):
             bank.add(next(scenes))
         schedule = Schedule(
@@ -216,7 +226,10 @@ class Trainer:
             if 60 * (schedule.elapsed - saved) >= args.save_every or not going:
                 saved = schedule.elapsed
                 if accelerator.is_main_process:
-                    save(args, self.model, self.ema, self.optimizers, self.done)
+                    save(args.out, args.optimizer, self.model, self.ema, self.optimizers, self.done)
+        if self.sla is not None:
+            self.sla.remove()
+            self.sla = None
         return schedule.finished
 
     def step(self, stage: Stage, factor: float, bank: LatentBank) -> Tensor:
@@ -224,7 +237,9 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * group["rate"] * factor
-        loss: Tensor = self.wrapped(*bank.sample(stage.batch_size))
+        dense = self.sla is not None and self.coin.random() < DENSE_SHARE
+        with self.sla.dense() if self.sla is not None and dense else nullcontext():
+            loss: Tensor = self.wrapped(*bank.sample(stage.batch_size))
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -234,53 +249,28 @@ class Trainer:
         return loss.detach()
 
 
-def restore(
-    folder: Path, kind: str, ema: EMAModel, optimizers: list[Any], model: nn.Module
-) -> None:
-    """EMA and optimizer states of a checkpoint, as far as it has them."""
-    averaged = checkpoints.load_group(folder, "ema")
-    for (name, _), shadow in zip(model.named_parameters(), ema.shadow_params, strict=True):
-        shadow.copy_(averaged[name])
-    # Without its count the average would begin anew, at the weights of the first few steps.
-    ema.optimization_step = checkpoints.load_state(folder)["ema_steps"]
-    for i, optimizer in enumerate(optimizers):
-        if (folder / f"{kind}{i}.safetensors").is_file():
-            checkpoints.restore_optimizer(optimizer, checkpoints.load_group(folder, f"{kind}{i}"))
-
-
-def save(
-    args: argparse.Namespace,
-    model: TextToVideo,
-    ema: EMAModel,
-    optimizers: list[Any],
-    stages: list[dict[str, Any]],
-) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    groups = {
-        "weights": dict(model.named_parameters()),
-        "ema": dict(zip(names, ema.shadow_params, strict=True)),
-    }
-    for i, optimizer in enumerate(optimizers):
-        inner = getattr(optimizer, "optimizer", optimizer)
-        groups[f"{args.optimizer}{i}"] = checkpoints.optimizer_tensors(inner)
-    state = {"stages": stages, "ema_steps": ema.optimization_step}
-    checkpoints.save_checkpoint(args.out, groups, state)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vae", type=Path, required=True, help="checkpoint of train_vae")
     parser.add_argument("--init", type=Path, help="checkpoint or pipeline folder to start from")
+    parser.add_argument(
+        "--text-encoder", type=Path, help="checkpoint of train_text_encoder to start with"
+    )
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
     parser.add_argument(
-        "--stages", type=Stage.parse, nargs="+", required=True, help="size:batch:minutes:shift:rate"
+        "--stages",
+        type=Stage.parse,
+        nargs="+",
+        required=True,
+        help="size:batch:minutes:shift:rate[:sparsity]",
     )
     parser.add_argument("--cooldown", type=float, default=0.25, help="of each stage, to rate 0")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--bank", type=int, default=65536, help="clips a process, at 64 pixels")
     parser.add_argument("--reuse", type=int, default=12, help="steps a clip is expected to serve")
     parser.add_argument("--encode-batch", type=int, default=128, help="clips, at 64 pixels")
+    parser.add_argument("--pairs", type=float, default=0.75, help="share of two-object clips")
     parser.add_argument("--workers", type=int, default=4, help="scene processes a process")
     parser.add_argument("--max-steps", type=int, default=0, help="a stage's; 0: time decides")
     parser.add_argument(
@@ -290,6 +280,9 @@ def main() -> None:
     )
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--impl", default="auto", choices=("auto", "torch", "triton"), help="of SLA2"
+    )
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
