@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal, TypedDict, get_args, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from sla_video.kernels.reference import sla2_reference
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import compute_dtype
 from sla_video.kernels.torch_impl import sla2_torch
+from sla_video.kernels.triton_support import why_unavailable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,14 +24,27 @@ Implementation = Literal["auto", "reference", "torch", "triton"]
 
 _LOGGER = logging.getLogger("sla_video")
 _ANNOUNCED: set[str] = set()
-_NO_TRITON = "not available in this version of sla_video; use 'torch' instead"
 # Scores of one chunk of `exact_recall`, in elements: 64 MiB in float32.
 _RECALL_CHUNK_ELEMENTS = 16 * 2**20
 
 
 def available_implementations() -> dict[str, str]:
     """Name of each implementation -> `"available"`, or the reason why it is not."""
-    return {"reference": "available", "torch": "available", "triton": _NO_TRITON}
+    triton = why_unavailable() or "available"
+    return {"reference": "available", "torch": "available", "triton": triton}
+
+
+class _Implementation(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        router: Router | None,
+        options: Options,
+        *,
+        need_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class _Settings(TypedDict, total=False):
@@ -119,8 +133,9 @@ def sla2_attention(
             quantized; `"int8"`: Q and smoothed K in INT8; `"int8_fp8"`: also P and V in FP8 E4M3;
             `"int8_int8"`: also P and V in INT8. `"reference"` and `"torch"` simulate low-bit
             values (same result, no gain in speed). Gradients are those of the unquantized branch.
-        impl: `"reference"`, `"torch"` or `"triton"`; `"auto"` picks the fastest that can do what
-            is asked and says once, at INFO on the logger `sla_video`, what it chose.
+        impl: `"reference"`, `"torch"` or `"triton"` (CUDA, compute capability 8.0 and newer);
+            `"auto"` picks the fastest proven one that can do what is asked and says once, at INFO
+            on the logger `sla_video`, what it chose.
         return_lse: also return the log-sum-exp of the selected part.
         phi_k: feature map of the linear branch on keys with their mean over tokens removed
             (`"smoothed"`), or on the keys as they are (`"raw"`).
@@ -158,7 +173,7 @@ def sla2_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_tensors(query, key, value, router)
-    run = sla2_reference if _choose(impl, selection) == "reference" else sla2_torch
+    run = _choose(impl, options)
     # The operator picks the precision of each step itself.
     with torch.autocast(device, enabled=False):
         out, lse = run(query, key, value, router, options, need_lse=return_lse)
@@ -203,26 +218,32 @@ def exact_recall(query: Tensor, key: Tensor, lse_selected: Tensor) -> Tensor:
     return torch.exp(lse_selected.to(dtype) - torch.cat(full, -1))
 
 
-def _choose(impl: str, selection: Selection) -> str:
+def _choose(impl: str, options: Options) -> _Implementation:
     """Resolve `"auto"`; refuse what the implementation asked for cannot do."""
     if impl not in get_args(Implementation):
         known = ", ".join(repr(name) for name in get_args(Implementation))
         raise ValueError(f"`impl` must be one of {known}, got {impl!r}")
-    if impl == "triton":
-        raise ValueError(f"impl='triton' is {_NO_TRITON}")
-    soft = selection == "soft_top_k"
+    soft = options.selection == "soft_top_k"
     if impl == "torch" and soft:
         raise ValueError(
             "selection='soft_top_k' forms all scores, which impl='torch' does not; "
             "use impl='reference' or 'auto'"
         )
-    if impl != "auto":
-        return impl
-    chosen = "reference" if soft else "torch"
-    if chosen not in _ANNOUNCED and not torch.compiler.is_compiling():
-        _ANNOUNCED.add(chosen)
-        _LOGGER.info("impl='auto' chose %r for selection=%r", chosen, selection)
-    return chosen
+    if impl == "auto":
+        impl = "reference" if soft else "torch"
+        # Not "triton", until its kernels have been measured on a GPU.
+        if impl not in _ANNOUNCED and not torch.compiler.is_compiling():
+            _ANNOUNCED.add(impl)
+            _LOGGER.info("impl='auto' chose %r for selection=%r", impl, options.selection)
+    if impl == "triton":
+        reason = why_unavailable()
+        if reason is not None:
+            raise ValueError(f"impl='triton' is {reason}")
+        # Not imported before it is known to be there: not every platform has Triton.
+        from sla_video.kernels.triton_impl import sla2_triton
+
+        return sla2_triton
+    return sla2_reference if impl == "reference" else sla2_torch
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, router: Router | None) -> None:

@@ -92,6 +92,9 @@ def bench_operator(
         states = available_implementations()
         fast: tuple[Implementation, ...] = ("torch", "triton")
         impls = [name for name in fast if states[name] == "available"]
+        if device.type != "cuda":
+            # Interpreted kernels are not worth timing.
+            impls = [name for name in impls if name != "triton"]
 
     with torch.no_grad():
         for impl in impls:

@@ -11,6 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from triton_interpreter import interpret_without_gpu
+
+interpret_without_gpu()
+
 
 @pytest.fixture(scope="session")
 def tiny_pipeline():

@@ -1,0 +1,243 @@
+"""Where the time of the Triton operator goes: each part alone, the whole, and dense attention.
+
+    python benchmarks/operator_parts.py --json parts.json
+    python benchmarks/operator_parts.py --shapes 7168x4x64 --sparsities 0.9 --backward
+
+A correctness check comes first: nothing is timed that disagrees with `impl="torch"`. Times are
+medians in milliseconds. On a machine without a GPU `--dry-run` runs everything once at a toy size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# The two shapes that stand for Wan 2.1 1.3B at 480p and 14B at 720p: tokens x heads x head dim.
+SHAPES = ("32760x12x128", "75600x40x128")
+CHECK = "1500x2x128"
+TOLERANCE = {"bf16": 0.01, "int8": 0.03, "int8_fp8": 0.06}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Tokens, heads and head dimension of one sequence."""
+
+    length: int
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        length, heads, head_dim = (int(part) for part in text.split("x"))
+        return cls(length=length, heads=heads, head_dim=head_dim)
+
+
+def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    size = (1, shape.length, shape.heads, shape.head_dim)
+    return [torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(3)]
+
+
+def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Callable[[], Any]]:
+    """The steps of `sla2_triton`, each on what the ones before it made."""
+    from sla_video.kernels.api import sla2_attention
+    from sla_video.kernels.options import Options
+    from sla_video.kernels.triton_linear import linear_forward_mix
+    from sla_video.kernels.triton_prepare import prepare_keys
+    from sla_video.kernels.triton_routing import plan_blocks
+    from sla_video.kernels.triton_sparse import sparse_forward
+    from sla_video.kernels.triton_statistics import block_statistics
+
+    query, key, value = qkv
+    blocks = {"block_q": 128, "block_k": 64}
+    options = Options(
+        sparsity=sparsity,
+        sparse_dtype=sparse_dtype,
+        phi_k="smoothed",
+        selection="top_k",
+        top_p=0.9,
+        min_selected=1,
+        max_selected=None,
+        tau=0.1,
+        **blocks,
+    )
+    low_values = sparse_dtype == "int8_fp8"
+
+    def statistics() -> Any:
+        return block_statistics(query, key, value, need_value_max=low_values, **blocks)
+
+    found = statistics()
+    means = (found.query_means, found.key_means, found.key_mean)
+
+    def plan() -> Any:
+        return plan_blocks(*means, query.shape[1], None, options)
+
+    chosen = plan()
+
+    def prepare() -> Any:
+        return prepare_keys(
+            key,
+            value,
+            found.key_mean,
+            found.value_max,
+            block_k=64,
+            sparse_dtype=sparse_dtype,
+            phi_k="smoothed",
+            need_features=True,
+        )
+
+    operands = prepare()
+    lists = (chosen.indices, chosen.counts)
+
+    def sparse() -> Any:
+        return sparse_forward(
+            query,
+            key,
+            value,
+            *lists,
+            found.key_mean,
+            sparse_dtype=sparse_dtype,
+            need_lse=False,
+            operands=operands,
+            **blocks,
+        )[0]
+
+    out_sparse = sparse()
+
+    def linear() -> Any:
+        return linear_forward_mix(
+            query,
+            key,
+            value,
+            found.key_mean,
+            *lists,
+            chosen.alpha,
+            out_sparse,
+            operands=operands,
+            **blocks,
+        )
+
+    def whole() -> Any:
+        return sla2_attention(
+            query, key, value, sparsity=sparsity, sparse_dtype=sparse_dtype, impl="triton"
+        )
+
+    return {
+        "statistics": statistics,
+        "routing": plan,
+        "prepare": prepare,
+        "sparse": sparse,
+        "linear": linear,
+        "whole": whole,
+    }
+
+
+def backward(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> Callable[[], Any]:
+    from sla_video.kernels.api import sla2_attention
+
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = sla2_attention(*leaves, sparsity=sparsity, sparse_dtype=sparse_dtype, impl="triton")
+    assert isinstance(out, Tensor)
+    gradient = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+
+
+def dense(qkv: list[Tensor], backend: SDPBackend) -> Callable[[], Tensor]:
+    heads_first = [x.transpose(1, 2) for x in qkv]
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*heads_first)
+
+    return run
+
+
+def check(device: str, dtype: torch.dtype, sparse_dtype: Any) -> float:
+    """Relative L2 distance of the whole operator to `impl="torch"` unquantized."""
+    from sla_video.kernels.api import sla2_attention
+
+    qkv = inputs(Shape.parse(CHECK if device == "cuda" else "200x1x64"), device, dtype)
+    got = sla2_attention(*qkv, sparsity=0.8, sparse_dtype=sparse_dtype, impl="triton")
+    wanted = sla2_attention(*(x.float() for x in qkv), sparsity=0.8, impl="torch")
+    assert isinstance(got, Tensor) and isinstance(wanted, Tensor)
+    error = float((got.float() - wanted).norm() / wanted.norm())
+    if not error <= TOLERANCE[sparse_dtype]:
+        sys.exit(f"{sparse_dtype}: error {error:.4f} > {TOLERANCE[sparse_dtype]}: not timed")
+    return error
+
+
+def time_of(run: Callable[[], Any], dry: bool) -> float:
+    """Median milliseconds; 0 in a dry run."""
+    if dry:
+        run()
+        return 0.0
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=50, rep=200, return_mode="median"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens x heads x head dim")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.97, 0.95, 0.9])
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int8_fp8"])
+    parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="once, at a toy size, on the CPU")
+    args = parser.parse_args()
+    dry = args.dry_run
+    if dry:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        args.shapes, args.sparsities = ["200x1x64"], [0.5]
+    elif not torch.cuda.is_available():
+        sys.exit("no GPU here; --dry-run shows that the script works")
+    device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
+    report: dict[str, Any] = {"torch": torch.__version__, "rows": []}
+    if not dry:
+        report["device"] = torch.cuda.get_device_name()
+    report["errors"] = {name: check(device, dtype, name) for name in args.formats}
+    print("relative L2 error:", report["errors"], flush=True)
+    for text in args.shapes:
+        qkv = inputs(Shape.parse(text), device, dtype)
+        reference = 0.0
+        if not dry:
+            row = {
+                "shape": text,
+                "cudnn": time_of(dense(qkv, SDPBackend.CUDNN_ATTENTION), dry),
+                "flash": time_of(dense(qkv, SDPBackend.FLASH_ATTENTION), dry),
+            }
+            reference = row["cudnn"]
+            report["rows"].append(row)
+            print(
+                f"{text} dense: cuDNN {row['cudnn']:.2f} ms, flash {row['flash']:.2f}", flush=True
+            )
+        for sparse_dtype in args.formats:
+            for sparsity in args.sparsities:
+                runs = parts(qkv, sparsity, sparse_dtype)
+                if args.backward:
+                    runs["backward"] = backward(qkv, sparsity, sparse_dtype)
+                times = {name: time_of(run, dry) for name, run in runs.items()}
+                ratio = reference / times["whole"] if times["whole"] else 0.0
+                row = {"shape": text, "sparse_dtype": sparse_dtype, "sparsity": sparsity}
+                report["rows"].append({**row, **times, "speedup": ratio})
+                line = " ".join(f"{name} {ms:.3f}" for name, ms in times.items())
+                print(f"{text} {sparse_dtype} {sparsity}: {line} -> {ratio:.2f}x", flush=True)
+                if args.json:
+                    part = args.json.with_name(args.json.name + ".part")
+                    part.write_text(json.dumps(report, indent=1))
+                    os.replace(part, args.json)
+
+
+if __name__ == "__main__":
+    main()

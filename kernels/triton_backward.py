@@ -1,0 +1,173 @@
+"""Backward of SLA2 for hard selections: the sparse and the linear part put together.
+
+    key totals         phi(K), and the sums over all tokens that the linear branch subtracts from
+    linear, queries    dQ, dalpha; psi, the weighted query features
+    query totals       the same sums of psi and dO
+    linear, keys       dK, dV of the linear branch
+    sparse, queries    + dQ of the sparse branch; log-sum-exp and delta of each row
+    sparse, keys       + dK, dV of the sparse branch
+
+Key blocks find the query blocks that selected them in inverted lists (`triton_inverse.py`). Nothing
+synchronises with the host, adds atomically, or holds a D x D state per query block in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla_video.kernels.options import PhiK
+from sla_video.kernels.routing import num_blocks
+from sla_video.kernels.triton_backward_linear import linear_query_backward
+from sla_video.kernels.triton_backward_linear_key import linear_key_backward
+from sla_video.kernels.triton_backward_sparse import sparse_query_backward
+from sla_video.kernels.triton_backward_sparse_key import sparse_key_backward
+from sla_video.kernels.triton_backward_totals import key_totals, query_totals
+from sla_video.kernels.triton_inverse import invert_selection
+from sla_video.kernels.triton_tiles import launch_on
+
+_MAX_HEAD_DIM = 128
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def sla2_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    indices: Tensor,
+    counts: Tensor | None,
+    alpha: Tensor | None,
+    out_sparse: Tensor,
+    lse: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    phi_k: PhiK,
+    grad_lse: Tensor | None = None,
+    exact_lse: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `O = alpha O_s + (1 - alpha) O_l` and of its log-sum-exp, selection fixed.
+
+    The gradient through alpha ends at alpha: what alpha was computed from, block means and learned
+    tensors, is left to autograd. The mean of the keys inside phi is accounted for here, so
+    `key_mean` needs no gradient.
+
+    Args:
+        grad_out: `[B, L, H, D]` in the dtype of query.
+        query, key, value: `[B, L, H, D]`, bfloat16, float16 or float32, D <= 128.
+        key_mean: `[B, H, D]` float32, mean key over tokens.
+        indices: `[B, H, M, K]` int32, the selected key blocks of each query block.
+        counts: `[B, H, M]` int32, how many entries of each row count; None when all do.
+        alpha: `[B, H, M]` float32 mix weight; None when nothing is dropped anywhere.
+        out_sparse: O_s `[B, L, H, D]` as it was mixed.
+        lse: `[B, H, L]` float32, log-sum-exp of the selected logits in terms of the keys as given.
+        block_q, block_k: tokens per query block and per key block, powers of two from 16 on.
+        phi_k: whether phi was taken of smoothed or of raw keys.
+        grad_lse: `[B, H, L]` float32, gradient of the log-sum-exp.
+        exact_lse: False where the sparse branch was quantized. Its gradients are those of the
+            unquantized branch, so the log-sum-exp is computed anew; `out_sparse` only enters the
+            gradient of alpha.
+
+    Returns:
+        gradients of query, key and value `[B, L, H, D]`, contiguous, in the dtype of query, and
+        of alpha, `[B, H, M]` float32 (None without alpha).
+
+    Raises:
+        ValueError: head dimension, dtype or block size that the kernels do not handle.
+    """
+    head_dim = query.shape[-1]
+    if head_dim > _MAX_HEAD_DIM:
+        raise ValueError(
+            f"impl='triton' handles head dimensions up to {_MAX_HEAD_DIM}, got {head_dim}; "
+            "use impl='torch'"
+        )
+    if query.dtype not in _DTYPES:
+        raise ValueError(
+            "impl='triton' handles bfloat16, float16 and float32, "
+            f"got {query.dtype}; use impl='torch'"
+        )
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block < 16 or block & (block - 1):
+            raise ValueError(
+                f"impl='triton' handles `{name}` that is a power of two from 16 on, got {block}; "
+                "use impl='torch'"
+            )
+    grad_out, query, key, value, out_sparse = (
+        x if x.stride(-1) == 1 else x.contiguous()
+        for x in (grad_out.to(query.dtype), query, key, value, out_sparse)
+    )
+    indices, lse, key_mean = indices.contiguous(), lse.contiguous(), key_mean.contiguous()
+    counts = None if counts is None else counts.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    blocks = {"block_q": block_q, "block_k": block_k}
+    grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
+    grad_alpha = key_shift = None
+    with launch_on(query):
+        inverse = invert_selection(indices, counts, num_blocks(query.shape[1], block_k))
+        if alpha is not None:
+            alpha = alpha.contiguous()
+            mean = key_mean if phi_k == "smoothed" else None
+            features, state, block_sums = key_totals(key, mean, value, block_k)
+            grad_alpha, psi, psi_sums = linear_query_backward(
+                grad_out,
+                query,
+                value,
+                features,
+                state,
+                block_sums,
+                indices,
+                counts,
+                alpha,
+                out_sparse,
+                grad_query,
+                **blocks,
+            )
+            state = query_totals(psi, grad_out)
+            key_shift = linear_key_backward(
+                grad_out,
+                value,
+                features,
+                psi,
+                psi_sums,
+                state,
+                inverse,
+                grad_key,
+                grad_value,
+                **blocks,
+            )
+            # Every smoothed key has the mean of all subtracted.
+            key_shift = key_shift if phi_k == "smoothed" else None
+        row_lse, row_delta = sparse_query_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            indices,
+            counts,
+            alpha,
+            out_sparse,
+            lse,
+            grad_query,
+            grad_lse=grad_lse,
+            exact_lse=exact_lse,
+            add=alpha is not None,
+            **blocks,
+        )
+        sparse_key_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            alpha,
+            row_lse,
+            row_delta,
+            inverse,
+            grad_key,
+            grad_value,
+            add=alpha is not None,
+            key_shift=key_shift,
+            **blocks,
+        )
+    return grad_query, grad_key, grad_value, grad_alpha

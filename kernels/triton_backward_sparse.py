@@ -1,0 +1,244 @@
+"""Backward of the sparse branch, block by block: nothing of size L x L is stored.
+
+With S = Q K^T / sqrt(D) over the selected tokens, P = exp(S - lse), O_s = P V and the output
+O = alpha O_s + (1 - alpha) O_l, gradients dO of O and dlse of the log-sum-exp give
+
+    R = dO V^T      delta = alpha rowsum(dO * O_s) - dlse      dS = P * (alpha R - delta)
+    dQ = dS K / sqrt(D)      dK = dS^T Q / sqrt(D)      dV = alpha P^T dO
+
+(after FlashAttention-2, arXiv 2307.08691). The kernel here walks the key blocks of each query block
+for dQ; that of `triton_backward_sparse_key.py` the query blocks of each key block, for dK and dV.
+Both add to what the linear branch left in the gradients.
+
+Layouts: query, key, value, grad_out, out_sparse `[B, L, H, D]` with any strides but 1 in the last
+dimension; gradients `[B, L, H, D]` contiguous; lse, grad_lse `[B, H, L]`; alpha `[B, H, M]`;
+indices `[B, H, M, K]`; counts `[B, H, M]`. Compute capability 8.0 and above.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla_video.kernels.triton_backward_tiles import (
+    LOG2E,
+    Launch,
+    batch_and_head,
+    has_large_shared_memory,
+    head_offset,
+    listed_tile,
+    packed_offset,
+    rows_left,
+)
+from sla_video.kernels.triton_tiles import load_rows, padded_dim, store_rows, strides
+
+
+@triton.jit(do_not_specialize=["length", "num_q", "num_selected"])
+def _sparse_query_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    grad_out_ptr,
+    out_sparse_ptr,
+    lse_ptr,
+    grad_lse_ptr,
+    alpha_ptr,
+    indices_ptr,
+    counts_ptr,
+    row_lse_ptr,
+    row_delta_ptr,
+    grad_query_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_strides,
+    out_strides,
+    scale,
+    length,
+    heads,
+    num_q,
+    num_selected,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    EXACT_LSE: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """dQ of one tile of queries, and what the other kernel needs to know of each row.
+
+    Where the forward was quantized (not EXACT_LSE), the log-sum-exp and delta of the unquantized
+    branch are computed first. O_s is not needed for it: rowsum(dO * O_s) = rowsum(P * R).
+    """
+    tiles_q: tl.constexpr = BLOCK_Q // TILE_Q
+    tiles_k: tl.constexpr = BLOCK_K // TILE_K
+    tile = tl.program_id(0).to(tl.int64)
+    b, h, bh = batch_and_head(tl.program_id(1), heads)
+    block = bh * num_q + tile // tiles_q
+    start_q = tile * TILE_Q
+    rows_q = rows_left(start_q, length)
+    offs_q = tl.arange(0, TILE_Q)
+    mask_q = offs_q < rows_q
+    offs_k = tl.arange(0, TILE_K)
+
+    query_ptr += head_offset(query_strides, b, start_q, h)
+    grad_out_ptr += head_offset(grad_strides, b, start_q, h)
+    key_ptr += head_offset(key_strides, b, 0, h)
+    value_ptr += head_offset(value_strides, b, 0, h)
+    indices_ptr += block * num_selected
+    # Of the rows in [B, H, L].
+    position = bh * length + start_q + offs_q
+    count = num_selected
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + block)
+    alpha = 1.0
+    if alpha_ptr is not None:
+        alpha = tl.load(alpha_ptr + block)
+
+    # [TILE_Q, D_PAD]
+    query = load_rows(query_ptr, query_strides[1], rows_q, TILE_Q, D, D_PAD)
+    grad_out = load_rows(grad_out_ptr, grad_strides[1], rows_q, TILE_Q, D, D_PAD)
+    if EXACT_LSE:
+        out_sparse_ptr += head_offset(out_strides, b, start_q, h)
+        out_sparse = load_rows(out_sparse_ptr, out_strides[1], rows_q, TILE_Q, D, D_PAD)
+        delta = alpha * tl.sum(grad_out.to(tl.float32) * out_sparse.to(tl.float32), 1)
+        # In powers of two, as the logits below.
+        lse = tl.load(lse_ptr + position, mask=mask_q, other=0.0) * LOG2E
+    else:
+        largest = tl.full([TILE_Q], float("-inf"), tl.float32)
+        total = tl.zeros([TILE_Q], tl.float32)
+        delta = tl.zeros([TILE_Q], tl.float32)
+        for step in range(0, count * tiles_k):
+            _, start, rows = listed_tile(indices_ptr, step, length, BLOCK_K, TILE_K)
+            key_tile_ptr = key_ptr + start * key_strides[1]
+            key = load_rows(key_tile_ptr, key_strides[1], rows, TILE_K, D, D_PAD)
+            value_tile_ptr = value_ptr + start * value_strides[1]
+            value = load_rows(value_tile_ptr, value_strides[1], rows, TILE_K, D, D_PAD)
+            # [TILE_Q, TILE_K]
+            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
+            logits = tl.where((offs_k < rows)[None, :], logits, float("-inf"))
+            along = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
+            # The first tile of a block has at least one token, so this is finite.
+            bigger = tl.maximum(largest, tl.max(logits, 1))
+            weights = tl.exp2(logits - bigger[:, None])
+            shrink = tl.exp2(largest - bigger)
+            total = total * shrink + tl.sum(weights, 1)
+            delta = delta * shrink + tl.sum(weights * along, 1)
+            largest = bigger
+        lse = largest + tl.log2(total)
+        delta = alpha * delta / total
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + position, mask=mask_q, other=0.0)
+    # In whole blocks, which the other kernel reads without a mask. A query that does not exist has
+    # log-sum-exp and delta of zero rows, finite, and adds nothing since q = dO = 0.
+    row = bh * num_q * BLOCK_Q + start_q + offs_q
+    tl.store(row_lse_ptr + row, lse)
+    tl.store(row_delta_ptr + row, delta)
+
+    grad_query = tl.zeros([TILE_Q, D_PAD], tl.float32)
+    for step in range(0, count * tiles_k):
+        _, start, rows = listed_tile(indices_ptr, step, length, BLOCK_K, TILE_K)
+        key_tile_ptr = key_ptr + start * key_strides[1]
+        key = load_rows(key_tile_ptr, key_strides[1], rows, TILE_K, D, D_PAD)
+        value_tile_ptr = value_ptr + start * value_strides[1]
+        value = load_rows(value_tile_ptr, value_strides[1], rows, TILE_K, D, D_PAD)
+        # [TILE_Q, TILE_K]
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
+        # A key that does not exist has logit 0, which may exceed lse by more than exp2 can hold.
+        weights = tl.where((offs_k < rows)[None, :], tl.exp2(logits - lse[:, None]), 0.0)
+        along = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
+        grad_logits = weights * (alpha * along - delta[:, None])
+        grad_query = tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision="ieee")
+
+    grad_query *= scale
+    grad_query_ptr += packed_offset(b, start_q, h, length, heads, D)
+    if ADD:
+        linear = load_rows(grad_query_ptr, heads * D, rows_q, TILE_Q, D, D_PAD)
+        grad_query += linear.to(tl.float32)
+    store_rows(grad_query_ptr, heads * D, grad_query, rows_q, TILE_Q, D, D_PAD)
+
+
+# (bytes per element > 2, large shared memory) -> launch.
+_LAUNCHES = {
+    (False, True): Launch(128, 64, 8, 3),
+    (False, False): Launch(64, 64, 4, 2),
+    (True, True): Launch(32, 32, 4, 1),
+    (True, False): Launch(16, 32, 4, 1),
+}
+
+
+def sparse_query_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor | None,
+    alpha: Tensor | None,
+    out_sparse: Tensor,
+    lse: Tensor,
+    grad_query: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    grad_lse: Tensor | None,
+    exact_lse: bool,
+    add: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of the query; see `sla2_backward` for the other arguments.
+
+    Args:
+        grad_query: `[B, L, H, D]` contiguous, written in place; with `add`, added to.
+
+    Returns:
+        for each query, in whole blocks `[B, H, M * block_q]`: the exact log-sum-exp in powers of
+        two, and delta.
+    """
+    batch, length, heads, head_dim = query.shape
+    num_q, num_selected = indices.shape[-2:]
+    row_lse = torch.empty(batch, heads, num_q * block_q, dtype=torch.float32, device=query.device)
+    row_delta = torch.empty_like(row_lse)
+    launch = _LAUNCHES[query.element_size() > 2, has_large_shared_memory(query.device)]
+    tile_q = min(block_q, launch.tile_q)
+    _sparse_query_kernel[(num_q * (block_q // tile_q), batch * heads)](
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        grad_out_ptr=grad_out,
+        out_sparse_ptr=out_sparse,
+        lse_ptr=lse,
+        grad_lse_ptr=grad_lse,
+        alpha_ptr=alpha,
+        indices_ptr=indices,
+        counts_ptr=counts,
+        row_lse_ptr=row_lse,
+        row_delta_ptr=row_delta,
+        grad_query_ptr=grad_query,
+        query_strides=strides(query),
+        key_strides=strides(key),
+        value_strides=strides(value),
+        grad_strides=strides(grad_out),
+        out_strides=strides(out_sparse),
+        scale=head_dim**-0.5,
+        length=length,
+        heads=heads,
+        num_q=num_q,
+        num_selected=num_selected,
+        D=head_dim,
+        D_PAD=padded_dim(head_dim),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_Q=tile_q,
+        TILE_K=min(block_k, launch.tile_k),
+        EXACT_LSE=exact_lse,
+        ADD=add,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return row_lse, row_delta

@@ -1,0 +1,86 @@
+"""What the backward kernels share beyond `triton_tiles.py`: offsets, lists of blocks, operands.
+
+Blocks of BLOCK tokens are visited in tiles of TILE tokens, powers of two with TILE <= BLOCK.
+Offsets into tensors are int64.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sla_video.kernels.triton_tiles import capability
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Compute capabilities with 160 KiB and more of shared memory per program; others have about 99 KiB.
+_LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+@triton.jit
+def batch_and_head(bh, heads):
+    """Batch and head of a flat head index, and that index, as int64.
+
+    Divided in int32, which takes a few instructions where int64 takes a function.
+    """
+    return (bh // heads).to(tl.int64), (bh % heads).to(tl.int64), bh.to(tl.int64)
+
+
+@triton.jit
+def head_offset(strides, b, start, h):
+    """Offset of token `start` of one head in a `[B, L, H, D]` tensor; b, start, h are int64."""
+    return b * strides[0] + start * strides[1] + h * strides[2]
+
+
+@triton.jit
+def packed_offset(b, start, h, length, heads, D: tl.constexpr):
+    """`head_offset` in a contiguous `[B, L, H, D]` tensor."""
+    return ((b * length + start) * heads + h) * D
+
+
+@triton.jit
+def rows_left(start, length):
+    """Tokens from `start` on, as int32: compared with every row of a tile."""
+    return (length - start).to(tl.int32)
+
+
+@triton.jit
+def listed_tile(list_ptr, step, length, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Tile `step` of the blocks in a list: its block, its first token, tokens from there on."""
+    tiles: tl.constexpr = BLOCK // TILE
+    block = tl.load(list_ptr + step // tiles)
+    start = block.to(tl.int64) * BLOCK + (step % tiles) * TILE
+    return block, start, rows_left(start, length)
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr):
+    """`x` as a matmul operand of `dtype`, and the factor that is missing from its products.
+
+    The D x D states grow with the number of tokens, beyond what float16 holds: there they are
+    brought to a largest entry of 1. The other dtypes have the range of float32.
+    """
+    factor = 1.0
+    if dtype == tl.float16:
+        largest = tl.max(tl.abs(x))
+        factor = tl.where(largest > 0, largest, 1.0)
+        x = x / factor
+    return x.to(dtype), factor
+
+
+class Launch(NamedTuple):
+    """How to run one kernel: most tokens per tile, warps per program, depth of the pipeline."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may use 160 KiB of shared memory; True on CPUs, where Triton interprets."""
+    return device.type != "cuda" or capability(device) in _LARGE_SHARED_MEMORY

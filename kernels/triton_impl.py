@@ -1,0 +1,68 @@
+"""SLA2 with Triton kernels, for NVIDIA GPUs of compute capability 8.0 and newer.
+
+    triton_statistics   block means of Q and K, largest magnitudes of V
+    triton_routing      scores, selected blocks, alpha
+    triton_prepare      low-bit K and V, features, totals
+    triton_sparse       O_s and its log-sum-exp
+    triton_linear       O = alpha O_s + (1 - alpha) O_l
+    triton_autograd     the last three and their gradients, `triton_backward`, as one operator
+
+Means, selection and attention are custom operators with gradients of their own; what lies between
+them, the projections of the router and alpha, is plain torch. Nothing synchronises with the host,
+and L is a run-time value of every kernel.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sla_video.kernels.options import Options
+from sla_video.kernels.router import Router
+from sla_video.kernels.triton_autograd import mixed_attention
+from sla_video.kernels.triton_routing import plan_blocks
+from sla_video.kernels.triton_statistics import block_statistics
+from sla_video.kernels.triton_support import why_not
+
+
+def sla2_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    router: Router | None,
+    options: Options,
+    *,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """SLA2 (arXiv 2602.12675) on `[B, L, H, D]`; see `sla2_attention`, which checks arguments.
+
+    A tensor that is not contiguous along D is copied; other strides are used as they are.
+
+    Returns:
+        the output `[B, L, H, D]` in the dtype of `query`, and the log-sum-exp of the selected
+        part `[B, H, L]` in float32 (None unless `need_lse`).
+
+    Raises:
+        ValueError: a device, dtype, size or option that the kernels are not made for.
+    """
+    reason = why_not(query, options)
+    if reason is not None:
+        raise ValueError(f"impl='triton' is {reason}")
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    block_q, block_k = options.block_q, options.block_k
+    statistics = block_statistics(
+        query,
+        key,
+        value,
+        block_q=block_q,
+        block_k=block_k,
+        need_value_max=options.sparse_dtype in ("int8_fp8", "int8_int8"),
+    )
+    plan = plan_blocks(
+        statistics.query_means,
+        statistics.key_means,
+        statistics.key_mean,
+        query.shape[1],
+        router,
+        options,
+    )
+    return mixed_attention(query, key, value, statistics, plan, options, need_lse=need_lse)

@@ -1,0 +1,263 @@
+"""Linear branch over the blocks that are not selected, and the mix with the sparse branch.
+
+    A_m = total - sum_n features[n]^T V[n],  z_m = total_features - sum_n feature_sums[n],
+          n over the key blocks selected by query block m
+    O_l[i] = phi(q_i) A_m / (phi(q_i) . z_m)
+    O[i]   = alpha_m O_s[i] + (1 - alpha_m) O_l[i]
+
+One program owns one query block of one head. The states A_m stay in registers and are never
+written: summing the few selected blocks and subtracting them from the total costs one matrix
+product per selected block, and no softmax. Total and products use the same rounded features and
+values and float32 sums, so what cancels is exact up to float32 rounding. A row whose dropped blocks
+hold less than 2^-20 of its features' weight, where that rounding would show, has its denominator
+held there: its linear part fades to zero instead of to noise.
+
+Features come from `triton_prepare` (FEATURES="value", or "fp8" in the transposed layout that FP8
+matrix units want) or are recomputed from K here ("recomputed"): less memory, more exponentials.
+Layouts as in `triton_prepare`. Hardware: compute capability 8.0; FP8 features 8.9.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla_video.kernels.options import PhiK
+from sla_video.kernels.routing import num_blocks
+from sla_video.kernels.triton_prepare import KeyOperands, prepare_keys
+from sla_video.kernels.triton_tiles import (
+    LaunchConfig,
+    capability,
+    launch_on,
+    load_rows,
+    padded_dim,
+    row_softmax,
+    store_rows,
+    strides,
+)
+
+
+@triton.jit(do_not_specialize=["length", "num_q", "num_k", "num_selected"])
+def _linear_mix_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    sparse_ptr,
+    key_mean_ptr,
+    features_ptr,
+    feature_sums_ptr,
+    total_ptr,
+    total_features_ptr,
+    value_scale_ptr,
+    indices_ptr,
+    counts_ptr,
+    alpha_ptr,
+    out_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    stride_sb,
+    stride_sl,
+    stride_sh,
+    stride_ob,
+    stride_ol,
+    stride_oh,
+    heads,
+    length,
+    num_q,
+    num_k,
+    num_selected,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SMOOTH_FEATURES: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+):
+    m = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = (bh // heads).to(tl.int64)
+    h = bh % heads
+    offs_d = tl.arange(0, D_PAD)
+    offs_k = tl.arange(0, BLOCK_K)
+    tile = offs_k[:, None] * D_PAD + offs_d[None, :]
+    tile_t = offs_d[:, None] * BLOCK_K + offs_k[None, :]
+    first_block = bh.to(tl.int64) * num_k
+    if FEATURES == "recomputed":
+        features_base_ptr = key_ptr + b * stride_kb + h * stride_kh
+        mean = tl.zeros([D_PAD], tl.float32)
+        if SMOOTH_FEATURES:
+            mean = tl.load(key_mean_ptr + bh * D + offs_d, mask=offs_d < D, other=0.0)
+    else:
+        features_base_ptr = features_ptr + first_block * (BLOCK_K * D_PAD)
+    if FEATURES == "fp8":
+        value_base_ptr = value_ptr + first_block * (BLOCK_K * D_PAD)
+    else:
+        value_base_ptr = value_ptr + b * stride_vb + h * stride_vh
+
+    row = bh.to(tl.int64) * num_q + m
+    indices_row_ptr = indices_ptr + row * num_selected
+    count = num_selected
+    if HAS_COUNTS:
+        count = tl.load(counts_ptr + row)
+    state = tl.zeros([D_PAD, D_PAD], tl.float32)
+    weight = tl.zeros([D_PAD], tl.float32)
+    for i in range(0, count):
+        n = tl.load(indices_row_ptr + i).to(tl.int64)
+        rows_k = length - n * BLOCK_K
+        weight += tl.load(feature_sums_ptr + (first_block + n) * D_PAD + offs_d)
+        if FEATURES == "fp8":
+            phi_t = tl.load(features_base_ptr + n * (BLOCK_K * D_PAD) + tile_t)
+            value_t = tl.load(value_base_ptr + n * (BLOCK_K * D_PAD) + tile_t)
+            state = tl.dot(phi_t, tl.trans(value_t), state)
+        else:
+            start_ptr = value_base_ptr + n * BLOCK_K * stride_vl
+            value = load_rows(start_ptr, stride_vl, rows_k, BLOCK_K, D, D_PAD)
+            if FEATURES == "recomputed":
+                start_ptr = features_base_ptr + n * BLOCK_K * stride_kl
+                key = load_rows(start_ptr, stride_kl, rows_k, BLOCK_K, D, D_PAD)
+                # Absent tokens get features too, and zeros for values.
+                phi = row_softmax(key.to(tl.float32) - mean[None, :], D, D_PAD).to(value.dtype)
+            else:
+                phi = tl.load(features_base_ptr + n * (BLOCK_K * D_PAD) + tile)
+            state = tl.dot(tl.trans(phi), value, state, input_precision="tf32x3")
+
+    total_base_ptr = total_ptr + bh.to(tl.int64) * (D_PAD * D_PAD)
+    state = tl.load(total_base_ptr + offs_d[:, None] * D_PAD + offs_d[None, :]) - state
+    total_weight = tl.load(total_features_ptr + bh * D_PAD + offs_d)
+    weight = total_weight - weight
+    # Entries of the state are below the largest weight times |v|: no overflow in float16.
+    unit = 1.0 / tl.maximum(tl.max(weight, 0), 1e-20)
+    state = (state * unit).to(query_ptr.dtype.element_ty)
+
+    start_q = m.to(tl.int64) * BLOCK_Q
+    rows_q = length - m * BLOCK_Q
+    query_base_ptr = query_ptr + b * stride_qb + h * stride_qh + start_q * stride_ql
+    query = load_rows(query_base_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
+    phi_q = row_softmax(query.to(tl.float32), D, D_PAD)
+    floor = tl.sum(phi_q * total_weight[None, :], 1) * 9.5367431640625e-07
+    divisor = tl.maximum(tl.sum(phi_q * weight[None, :], 1), floor)
+    # For float32, split operands would not fit into shared memory here.
+    linear = tl.dot(phi_q.to(query.dtype), state, input_precision="ieee")
+    linear = linear * (1.0 / (divisor * unit))[:, None]
+    if FEATURES == "fp8":
+        linear = linear * tl.load(value_scale_ptr + bh * D_PAD + offs_d)[None, :]
+
+    sparse_base_ptr = sparse_ptr + b * stride_sb + h * stride_sh + start_q * stride_sl
+    sparse = load_rows(sparse_base_ptr, stride_sl, rows_q, BLOCK_Q, D, D_PAD).to(tl.float32)
+    alpha = tl.load(alpha_ptr + row)
+    # A row that drops nothing has no linear part: what is computed for it above is noise.
+    out = tl.where(count < num_k, alpha * sparse + (1.0 - alpha) * linear, sparse)
+    out_base_ptr = out_ptr + b * stride_ob + h * stride_oh + start_q * stride_ol
+    store_rows(out_base_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
+
+
+def _config(query: Tensor, pad: int) -> LaunchConfig:
+    if query.dtype == torch.float32:
+        return LaunchConfig(8, 1)
+    if pad < 128:
+        return LaunchConfig(4, 3)
+    if capability(query.device)[0] == 9:
+        # Two programs share a multiprocessor; the few registers spilled are not of the loop.
+        return LaunchConfig(8, 3, max_registers=128)
+    return LaunchConfig(8, 2)
+
+
+def linear_forward_mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    indices: Tensor,
+    counts: Tensor | None,
+    alpha: Tensor,
+    out_sparse: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    phi_k: PhiK = "smoothed",
+    operands: KeyOperands | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`alpha O_s + (1 - alpha) O_l`, the linear branch over what `indices` leaves out.
+
+    Args:
+        query, key, value: `[B, L, H, D]`, each contiguous along D.
+        key_mean: `[B, H, D]` float32, mean key over tokens.
+        indices, counts: the selected blocks, as for `sparse_forward`.
+        alpha: `[B, H, M]` float32, weight of the sparse branch. Rows that list every key block get
+            their sparse output unchanged.
+        out_sparse: `[B, L, H, D]` of `sparse_forward`.
+        phi_k: features of `"smoothed"` or `"raw"` keys.
+        operands: what `prepare_keys` made with `need_features`, to reuse; made here when None.
+        out: where to write, `out_sparse` itself if it is not needed any more. A new tensor if None.
+
+    Returns:
+        the output `[B, L, H, D]`.
+    """
+    batch, length, heads, head_dim = query.shape
+    pad = padded_dim(head_dim)
+    if operands is None:
+        operands = prepare_keys(
+            key,
+            value,
+            key_mean,
+            None,
+            block_k=block_k,
+            sparse_dtype="bf16",
+            phi_k=phi_k,
+            need_features=True,
+        )
+    assert operands.total is not None, "operands were prepared without features"
+    stored = operands.features
+    fp8 = stored is not None and stored.dtype == torch.float8_e4m3fn
+    features = "recomputed" if stored is None else "fp8" if fp8 else "value"
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    with launch_on(query):
+        _linear_mix_kernel[(num_blocks(length, block_q), batch * heads)](
+            query,
+            key,
+            operands.low_values if fp8 else value,
+            out_sparse,
+            key_mean.contiguous(),
+            stored,
+            operands.feature_sums,
+            operands.total,
+            operands.total_features,
+            operands.value_scale,
+            indices.contiguous(),
+            None if counts is None else counts.contiguous(),
+            alpha.contiguous(),
+            out,
+            *strides(query),
+            *strides(key),
+            *strides(value),
+            *strides(out_sparse),
+            *strides(out),
+            heads,
+            length,
+            num_blocks(length, block_q),
+            num_blocks(length, block_k),
+            indices.shape[-1],
+            D=head_dim,
+            D_PAD=pad,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            FEATURES=features,
+            SMOOTH_FEATURES=phi_k == "smoothed",
+            HAS_COUNTS=counts is not None,
+            **_config(query, pad).keywords(),
+        )
+    return out
