@@ -49,8 +49,13 @@ def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(3)]
 
 
-def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Callable[[], Any]]:
-    """The steps of `sla2_triton`, each on what the ones before it made."""
+def parts(
+    qkv: list[Tensor], sparsity: float, sparse_dtype: Any, features: Any
+) -> dict[str, Callable[[], Any]]:
+    """The steps of `sla2_triton`, each on what the ones before it made.
+
+    `features` is how phi(K) is stored for "prepare" and "linear"; "whole" stores it as "value".
+    """
     from sla_video.kernels.api import sla2_attention
     from sla_video.kernels.options import Options
     from sla_video.kernels.triton_linear import linear_forward_mix
@@ -95,6 +100,7 @@ def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Ca
             sparse_dtype=sparse_dtype,
             phi_k="smoothed",
             need_features=True,
+            feature_storage=features,
         )
 
     operands = prepare()
@@ -192,6 +198,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens x heads x head dim")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.97, 0.95, 0.9])
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int8_fp8"])
+    parser.add_argument(
+        "--features",
+        choices=("value", "fp8", "none"),
+        default="value",
+        help="how phi(K) is stored; fp8 goes with the format int8_fp8 only",
+    )
     parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="once, at a toy size, on the CPU")
@@ -224,7 +236,7 @@ def main() -> None:
             )
         for sparse_dtype in args.formats:
             for sparsity in args.sparsities:
-                runs = parts(qkv, sparsity, sparse_dtype)
+                runs = parts(qkv, sparsity, sparse_dtype, args.features)
                 if args.backward:
                     runs["backward"] = backward(qkv, sparsity, sparse_dtype)
                 times = {name: time_of(run, dry) for name, run in runs.items()}

@@ -96,21 +96,9 @@ def _mixed_attention(
 
 @_mixed_attention.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mean: Tensor,
-    value_max: Tensor | None,
-    indices: Tensor,
-    counts: Tensor | None,
-    alpha: Tensor | None,
-    block_q: int,
-    block_k: int,
-    sparse_dtype: str,
-    phi_k: str,
-    need_lse: bool,
-    keep_sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, key_mean: Tensor, *more: Any
+) -> tuple[Tensor, ...]:
+    _, _, _, alpha, *_, need_lse, keep_sparse = more
     batch, length, heads, _ = query.shape
     lse = (batch, heads, length) if need_lse else (0,)
     sparse = query.shape if keep_sparse and alpha is not None else (0,)
@@ -160,25 +148,11 @@ def _mixed_attention_backward(
 
 @_mixed_attention_backward.register_fake
 def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mean: Tensor,
-    indices: Tensor,
-    counts: Tensor | None,
-    alpha: Tensor | None,
-    out_sparse: Tensor,
-    lse: Tensor,
-    block_q: int,
-    block_k: int,
-    phi_k: str,
-    exact_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = query.shape
-    grad_alpha = key_mean.new_empty((0,) if alpha is None else alpha.shape)
-    return query.new_empty(shape), query.new_empty(shape), query.new_empty(shape), grad_alpha
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, *more: Any
+) -> tuple[Tensor, ...]:
+    _, key_mean, _, _, alpha, *_ = more
+    gradients = (query.new_empty(query.shape) for _ in range(3))
+    return *gradients, key_mean.new_empty((0,) if alpha is None else alpha.shape)
 
 
 class _Settings(NamedTuple):

@@ -13,7 +13,6 @@ synchronises with the host, adds atomically, or holds a D x D state per query bl
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sla_video.kernels.options import PhiK
@@ -24,10 +23,8 @@ from sla_video.kernels.triton_backward_sparse import sparse_query_backward
 from sla_video.kernels.triton_backward_sparse_key import sparse_key_backward
 from sla_video.kernels.triton_backward_totals import key_totals, query_totals
 from sla_video.kernels.triton_inverse import invert_selection
+from sla_video.kernels.triton_support import DTYPES, LARGEST_HEAD_DIM
 from sla_video.kernels.triton_tiles import launch_on
-
-_MAX_HEAD_DIM = 128
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sla2_backward(
@@ -78,12 +75,12 @@ def sla2_backward(
         ValueError: head dimension, dtype or block size that the kernels do not handle.
     """
     head_dim = query.shape[-1]
-    if head_dim > _MAX_HEAD_DIM:
+    if head_dim > LARGEST_HEAD_DIM:
         raise ValueError(
-            f"impl='triton' handles head dimensions up to {_MAX_HEAD_DIM}, got {head_dim}; "
+            f"impl='triton' handles head dimensions up to {LARGEST_HEAD_DIM}, got {head_dim}; "
             "use impl='torch'"
         )
-    if query.dtype not in _DTYPES:
+    if query.dtype not in DTYPES:
         raise ValueError(
             "impl='triton' handles bfloat16, float16 and float32, "
             f"got {query.dtype}; use impl='torch'"

@@ -36,7 +36,7 @@ from sla_video.kernels.triton_backward_tiles import (
     Launch,
     as_operand,
     batch_and_head,
-    has_large_shared_memory,
+    choose_launch,
     head_offset,
     listed_tile,
     packed_offset,
@@ -199,7 +199,7 @@ def linear_query_backward(
     batch, length, heads, head_dim = query.shape
     num_q, num_selected = indices.shape[-2:]
     num_k, d_pad = block_sums.shape[-2:]
-    launch = _LAUNCHES[query.element_size() > 2, has_large_shared_memory(query.device)]
+    launch = choose_launch(_LAUNCHES, query)
     tile_q = min(block_q, launch.tile_q)
     psi = torch.empty_like(features)
     psi_sums = block_sums.new_empty(batch, heads, num_q, d_pad)

@@ -23,7 +23,7 @@ from sla_video.kernels.triton_backward_tiles import (
     Launch,
     as_operand,
     batch_and_head,
-    has_large_shared_memory,
+    choose_launch,
     head_offset,
     listed_tile,
     packed_offset,
@@ -158,7 +158,7 @@ def linear_key_backward(
     batch, length, heads, head_dim = value.shape
     num_q, d_pad = psi_sums.shape[-2:]
     num_k = inverse.offsets.shape[-1] - 1
-    launch = _LAUNCHES[value.element_size() > 2, has_large_shared_memory(value.device)]
+    launch = choose_launch(_LAUNCHES, value)
     grad_sums = torch.empty(batch, heads, num_k, d_pad, dtype=torch.float32, device=value.device)
     _linear_key_kernel[(batch * heads * num_k,)](
         value_ptr=value,

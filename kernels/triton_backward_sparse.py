@@ -28,7 +28,7 @@ from sla_video.kernels.triton_backward_tiles import (
     LOG2E,
     Launch,
     batch_and_head,
-    has_large_shared_memory,
+    choose_launch,
     head_offset,
     listed_tile,
     packed_offset,
@@ -204,7 +204,7 @@ def sparse_query_backward(
     num_q, num_selected = indices.shape[-2:]
     row_lse = torch.empty(batch, heads, num_q * block_q, dtype=torch.float32, device=query.device)
     row_delta = torch.empty_like(row_lse)
-    launch = _LAUNCHES[query.element_size() > 2, has_large_shared_memory(query.device)]
+    launch = choose_launch(_LAUNCHES, query)
     tile_q = min(block_q, launch.tile_q)
     _sparse_query_kernel[(num_q * (block_q // tile_q), batch * heads)](
         query_ptr=query,

@@ -22,7 +22,7 @@ from sla_video.kernels.triton_backward_tiles import (
     LOG2E,
     Launch,
     batch_and_head,
-    has_large_shared_memory,
+    choose_launch,
     head_offset,
     listed_tile,
     packed_offset,
@@ -158,7 +158,7 @@ def sparse_key_backward(
     """
     batch, length, heads, head_dim = query.shape
     num_k = inverse.offsets.shape[-1] - 1
-    launch = _LAUNCHES[query.element_size() > 2, has_large_shared_memory(query.device)]
+    launch = choose_launch(_LAUNCHES, query)
     tile_k = min(block_k, launch.tile_k)
     _sparse_key_kernel[(batch * heads * num_k * (block_k // tile_k),)](
         query_ptr=query,

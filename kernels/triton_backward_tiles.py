@@ -8,6 +8,7 @@ Offsets into tensors are int64.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,11 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def has_large_shared_memory(device: torch.device) -> bool:
+def choose_launch(table: Mapping[tuple[bool, bool], Launch], x: torch.Tensor) -> Launch:
+    """Entry of (more than two bytes per element, large shared memory) for a tensor like x."""
+    return table[x.element_size() > 2, _has_large_shared_memory(x.device)]
+
+
+def _has_large_shared_memory(device: torch.device) -> bool:
     """Whether a program may use 160 KiB of shared memory; True on CPUs, where Triton interprets."""
     return device.type != "cuda" or capability(device) in _LARGE_SHARED_MEMORY

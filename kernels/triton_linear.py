@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sla_video.kernels.options import PhiK
 from sla_video.kernels.routing import num_blocks
-from sla_video.kernels.triton_prepare import KeyOperands, prepare_keys
+from sla_video.kernels.triton_prepare import KeyOperands
 from sla_video.kernels.triton_tiles import (
     LaunchConfig,
     capability,
@@ -184,10 +184,10 @@ def linear_forward_mix(
     alpha: Tensor,
     out_sparse: Tensor,
     *,
+    operands: KeyOperands,
     block_q: int,
     block_k: int,
     phi_k: PhiK = "smoothed",
-    operands: KeyOperands | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`alpha O_s + (1 - alpha) O_l`, the linear branch over what `indices` leaves out.
@@ -199,8 +199,8 @@ def linear_forward_mix(
         alpha: `[B, H, M]` float32, weight of the sparse branch. Rows that list every key block get
             their sparse output unchanged.
         out_sparse: `[B, L, H, D]` of `sparse_forward`.
+        operands: what `prepare_keys` made with `need_features`.
         phi_k: features of `"smoothed"` or `"raw"` keys.
-        operands: what `prepare_keys` made with `need_features`, to reuse; made here when None.
         out: where to write, `out_sparse` itself if it is not needed any more. A new tensor if None.
 
     Returns:
@@ -208,17 +208,6 @@ def linear_forward_mix(
     """
     batch, length, heads, head_dim = query.shape
     pad = padded_dim(head_dim)
-    if operands is None:
-        operands = prepare_keys(
-            key,
-            value,
-            key_mean,
-            None,
-            block_k=block_k,
-            sparse_dtype="bf16",
-            phi_k=phi_k,
-            need_features=True,
-        )
     assert operands.total is not None, "operands were prepared without features"
     stored = operands.features
     fp8 = stored is not None and stored.dtype == torch.float8_e4m3fn

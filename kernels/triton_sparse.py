@@ -31,8 +31,7 @@ from torch import Tensor
 
 from sla_video.kernels.options import SparseDtype
 from sla_video.kernels.routing import num_blocks
-from sla_video.kernels.triton_prepare import KeyOperands, prepare_keys
-from sla_video.kernels.triton_statistics import block_statistics
+from sla_video.kernels.triton_prepare import KeyOperands
 from sla_video.kernels.triton_tiles import (
     LaunchConfig,
     capability,
@@ -209,11 +208,11 @@ def sparse_forward(
     counts: Tensor | None,
     key_mean: Tensor,
     *,
+    operands: KeyOperands,
     block_q: int,
     block_k: int,
     sparse_dtype: SparseDtype = "bf16",
     need_lse: bool = True,
-    operands: KeyOperands | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of each query block to the key blocks listed for it.
 
@@ -223,8 +222,8 @@ def sparse_forward(
         counts: `[B, H, M]` int32, from 1 to K: only the first `counts` entries of a row are
             visited. None visits all.
         key_mean: `[B, H, D]` float32, mean key over tokens.
+        operands: what `prepare_keys` made of key and value for this `sparse_dtype`.
         need_lse: return the log-sum-exp too.
-        operands: what `prepare_keys` made of key and value, to reuse; made here when None.
 
     Returns:
         the output `[B, L, H, D]` in the dtype of `query`, and the log-sum-exp `[B, H, L]` in
@@ -232,8 +231,6 @@ def sparse_forward(
     """
     batch, length, heads, head_dim = query.shape
     pad = padded_dim(head_dim)
-    if operands is None:
-        operands = _low_bit_operands(query, key, value, key_mean, block_q, block_k, sparse_dtype)
     keys = key if operands.low_keys is None else operands.low_keys
     values = value if operands.low_values is None else operands.low_values
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -272,29 +269,3 @@ def sparse_forward(
             **_config(query, sparse_dtype, pad).keywords(),
         )
     return out, lse
-
-
-def _low_bit_operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mean: Tensor,
-    block_q: int,
-    block_k: int,
-    sparse_dtype: SparseDtype,
-) -> KeyOperands:
-    value_max = None
-    if sparse_dtype in ("int8_fp8", "int8_int8"):
-        value_max = block_statistics(
-            query, key, value, block_q=block_q, block_k=block_k, need_value_max=True
-        ).value_max
-    return prepare_keys(
-        key,
-        value,
-        key_mean,
-        value_max,
-        block_k=block_k,
-        sparse_dtype=sparse_dtype,
-        phi_k="smoothed",
-        need_features=False,
-    )

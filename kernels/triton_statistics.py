@@ -187,9 +187,9 @@ def block_statistics(
     query_means, key_means, key_mean, value_max = _block_statistics(
         query, key, value.detach(), block_q, block_k, need_value_max
     )
-    if not need_value_max:
-        return BlockStatistics(query_means, key_means, key_mean.detach(), None)
-    return BlockStatistics(query_means, key_means, key_mean.detach(), value_max)
+    return BlockStatistics(
+        query_means, key_means, key_mean.detach(), value_max if need_value_max else None
+    )
 
 
 def _mean_of_means(means: Tensor, length: int, block: int) -> Tensor:

@@ -14,7 +14,8 @@ from sla_video.kernels.options import Options, SparseDtype
 _OLDEST_CAPABILITY = (8, 0)
 # Ada: the first with FP8 matrix units.
 _FP8_CAPABILITY = (8, 9)
-_LARGEST_HEAD_DIM = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD_DIM = 128
 # Shared memory that tiles of 128 x 128 float32 take, as on data centre GPUs; 64 columns fit others.
 _FLOAT32_SHARED_BYTES = 196608
 _BLOCKS = (16, 32, 64, 128)
@@ -54,10 +55,10 @@ def why_not(query: Tensor, options: Options) -> str | None:
     reason = _why_not_on(query.device, query.dtype, columns, options.sparse_dtype)
     if reason is not None:
         return reason
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if query.dtype not in DTYPES:
         return f"for float16, bfloat16 and float32, got {query.dtype}; use 'torch' instead"
-    if head_dim > _LARGEST_HEAD_DIM:
-        return f"for head dimensions up to {_LARGEST_HEAD_DIM}, got {head_dim}; use 'torch' instead"
+    if head_dim > LARGEST_HEAD_DIM:
+        return f"for head dimensions up to {LARGEST_HEAD_DIM}, got {head_dim}; use 'torch' instead"
     if batch * heads > _MOST_HEADS:
         return f"for at most {_MOST_HEADS} heads in a batch, got {batch} x {heads}"
     # The 8-bit matrix units sum over 32 elements at a time.

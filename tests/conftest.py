@@ -16,6 +16,24 @@ from triton_interpreter import interpret_without_gpu
 interpret_without_gpu()
 
 
+@pytest.fixture
+def no_grad():
+    """Nothing is differentiated."""
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is full of NaN."""
+    from triton_cases import poisoned_memory
+
+    with poisoned_memory(warn_only=True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """A random `WanPipeline`, shared by the whole session: leave it unpatched and unchanged."""

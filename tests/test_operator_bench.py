@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -57,3 +62,24 @@ def test_bad_sizes(name):
 def test_bad_sparsity():
     with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\), got 1.5"):
         bench_operator(1, 8, 1, 8, 1.5)
+
+
+def test_the_script_that_times_each_part_runs(tmp_path):
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    script = Path(__file__).parents[1] / "benchmarks" / "operator_parts.py"
+    report = tmp_path / "parts.json"
+    command = [sys.executable, script, "--dry-run", "--backward", "--json", report]
+    command += ["--formats", "int8_fp8", "--features", "none"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(report.read_text())["rows"]
+    assert row["sparse_dtype"] == "int8_fp8"
+    assert {
+        "statistics",
+        "routing",
+        "prepare",
+        "sparse",
+        "linear",
+        "whole",
+        "backward",
+    } <= row.keys()

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+from triton_cases import DEVICE, needs_triton, relative
+
 from sla_video.kernels import triton_autograd
 from sla_video.kernels.api import sla2_attention
 from sla_video.kernels.router import Router
@@ -21,9 +23,7 @@ from sla_video.kernels.triton_autograd import _mixed_attention, _mixed_attention
 from sla_video.kernels.triton_linear import linear_forward_mix
 from sla_video.kernels.triton_routing import _select
 from sla_video.kernels.triton_statistics import _block_statistics
-from sla_video.kernels.triton_support import why_unavailable
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, HEAD_DIM = 2, 32
 SMALL = {"sparsity": 0.5, "block_q": 32, "block_k": 16, "top_p": 0.7}
 ROUTERS = {
@@ -32,9 +32,7 @@ ROUTERS = {
     "per_block": {"alpha": "per_block", "num_query_blocks": 3},
     "per_block_interpolated": {"alpha": "per_block", "num_query_blocks": 5},
 }
-pytestmark = pytest.mark.skipif(
-    why_unavailable() is not None, reason=f"Triton is {why_unavailable()}"
-)
+pytestmark = needs_triton
 each_selection = pytest.mark.parametrize("selection", ["top_k", "top_p"])
 
 
@@ -91,10 +89,6 @@ def reference_gradients(qkv, router=None, **settings):
     qkv = [x.detach().double().requires_grad_() for x in qkv]
     router = None if router is None else in_float64(router)
     return operator_gradients(qkv, router, impl="reference", **settings)
-
-
-def relative(got, wanted):
-    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
 def check(got, wanted, budget):

@@ -1,211 +1,23 @@
 """Backward kernels against autograd through the float64 reference, selection and alpha given.
 
-On machines without a GPU the kernels run in Triton's interpreter. Letters: B batch, H heads,
-L tokens, D head dimension, M query blocks, N key blocks, K blocks listed per query block.
+On machines without a GPU the kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import Tensor
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, so before the first import of one.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-pytest.importorskip("triton", reason="Triton is not available on this platform")
-
 from operator_inputs import options, random_qkv, random_router
 
-from sla_video.kernels import reference
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from backward_cases import NAMES, Case, check, kernel_gradients, make_case, reference_gradients
+from triton_cases import DEVICE, inside_nan, needs_triton, relative
+
 from sla_video.kernels.reference import sla2_reference
-from sla_video.kernels.routing import num_blocks, route
-from sla_video.kernels.triton_backward import sla2_backward
-from sla_video.kernels.triton_inverse import invert_selection
+from sla_video.kernels.routing import route
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("query", "key", "value", "alpha")
-
-
-class Case(NamedTuple):
-    """What a forward pass leaves for the backward, and the gradients that arrive."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    indices: Tensor
-    counts: Tensor | None
-    alpha: Tensor | None
-    grad_out: Tensor
-    grad_lse: Tensor | None
-    settings: dict
-
-
-def make_case(
-    length,
-    *,
-    dtype=torch.float32,
-    heads=2,
-    batch=1,
-    head_dim=64,
-    sparsity=0.5,
-    block_q=32,
-    block_k=16,
-    ragged=False,
-    with_lse=True,
-    phi_k="smoothed",
-    seed=0,
-):
-    """Random inputs, a random selection, a random alpha."""
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = random_qkv(
-        length, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, seed=seed
-    )
-    grad_out, _, _ = random_qkv(
-        length, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, seed=seed + 100
-    )
-    num_q, num_k = num_blocks(length, block_q), num_blocks(length, block_k)
-    kept = max(1, round((1 - sparsity) * num_k))
-    order = torch.rand(batch, heads, num_q, num_k, generator=generator).argsort(-1)
-    indices = order[..., :kept].to(torch.int32)
-    counts = None
-    if ragged:
-        indices = order.to(torch.int32)
-        counts = torch.randint(1, num_k + 1, indices.shape[:-1], generator=generator)
-        # The first row selects everything, whatever the draw.
-        counts[..., 0] = num_k
-        counts = counts.to(torch.int32)
-        # Entries that do not count may hold anything, repetitions too.
-        rank = torch.arange(num_k)
-        indices = indices.where(rank < counts[..., None], indices[..., :1])
-    alpha = None
-    if ragged or kept < num_k:
-        # Also in rows that drop nothing: the kernels must not rely on its being 1 there.
-        alpha = torch.rand(indices.shape[:-1], generator=generator)
-    grad_lse = torch.randn(batch, heads, length, generator=generator) if with_lse else None
-    settings = {"block_q": block_q, "block_k": block_k, "phi_k": phi_k}
-    tensors = (query, key, value, indices, counts, alpha, grad_out, grad_lse)
-    return Case(*(None if x is None else x.to(DEVICE) for x in tensors), settings)
-
-
-def selected_blocks(indices, counts, num_k):
-    """True on the selected blocks, `[B, H, M, N]`."""
-    rank = torch.arange(indices.shape[-1], device=indices.device)
-    valid = rank < (indices.shape[-1] if counts is None else counts[..., None])
-    one_hot = torch.nn.functional.one_hot(indices.long(), num_k).bool()
-    return (one_hot & valid[..., None]).any(-2)
-
-
-def attend(case, leaves, dtype=torch.float64, sparse_dtype="bf16"):
-    """The reference's branches on the selection of `case`, mixed by alpha.
-
-    Returns:
-        O, O_s `[B, L, H, D]`, LSE `[B, H, L]`.
-    """
-    block_q, block_k = case.settings["block_q"], case.settings["block_k"]
-    # [B, H, L, D]
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in leaves[:3])
-    length = q.shape[2]
-    keep = selected_blocks(case.indices, case.counts, num_blocks(length, block_k))
-    keep = keep.repeat_interleave(block_k, -1)[..., :length]
-    smooth = k - k.mean(2, keepdim=True) if case.settings["phi_k"] == "smoothed" else k
-    phi_q, phi_keys = torch.softmax(q, -1), torch.softmax(smooth, -1)
-    mixed, sparse, lses = [], [], []
-    for m in range(keep.shape[2]):
-        rows = slice(m * block_q, (m + 1) * block_q)
-        here = keep[:, :, m, None]
-        out, lse = reference.sparse_branch(
-            q[:, :, rows], k, v, here.to(dtype).log(), block_k, sparse_dtype
-        )
-        sparse.append(out)
-        lses.append(lse)
-        if leaves[3] is not None:
-            linear = reference.linear_branch(phi_q[:, :, rows], phi_keys, v, (~here).to(dtype))
-            alpha = leaves[3][:, :, m, None, None].to(dtype)
-            out = alpha * out + (1 - alpha) * linear
-        mixed.append(out)
-    out, out_sparse = (torch.cat(x, 2).transpose(1, 2) for x in (mixed, sparse))
-    return out, out_sparse, torch.cat(lses, 2)
-
-
-def reference_gradients(case, dtype=torch.float64, sparse_dtype="bf16"):
-    """Gradients of query, key, value and alpha in `dtype`, O_s and the LSE."""
-    leaves = [
-        None if x is None else x.to(dtype).requires_grad_()
-        for x in (case.query, case.key, case.value, case.alpha)
-    ]
-    out, out_sparse, lse = attend(case, leaves, dtype, sparse_dtype)
-    loss = (out * case.grad_out.to(dtype)).sum()
-    if case.grad_lse is not None:
-        loss = loss + (lse * case.grad_lse.to(dtype)).sum()
-    gradients = torch.autograd.grad(loss, [x for x in leaves if x is not None])
-    return gradients, out_sparse.detach(), lse.detach()
-
-
-@contextmanager
-def poisoned_memory():
-    """Fill uninitialised memory with NaN, so that reading it shows; refuse what is random."""
-    before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(before)
-
-
-def inside_nan(x):
-    """The values of x `[B, L, H, D]` as a view into a larger storage full of NaN."""
-    storage = x.new_full([size + 8 for size in x.shape], torch.nan)
-    view = storage[tuple(slice(4, 4 + size) for size in x.shape)]
-    view.copy_(x)
-    return view
-
-
-def kernel_gradients(case, out_sparse, lse, **changes):
-    """`sla2_backward` on what a forward pass in the dtype of the inputs would have kept."""
-    arguments = {
-        "grad_out": case.grad_out,
-        "query": case.query,
-        "key": case.key,
-        "value": case.value,
-        "key_mean": case.key.float().mean(1),
-        "indices": case.indices,
-        "counts": case.counts,
-        "alpha": case.alpha,
-        "out_sparse": out_sparse.to(case.query.dtype),
-        "lse": lse.float(),
-        "grad_lse": case.grad_lse,
-    }
-    with poisoned_memory():
-        return sla2_backward(**(arguments | case.settings | changes))
-
-
-def relative_error(got, wanted):
-    """||got - wanted|| / ||wanted||; where nothing is wanted, ||got||."""
-    got, wanted = got.double(), wanted.double()
-    return ((got - wanted).norm() / (wanted.norm() if wanted.norm() > 0 else 1)).item()
-
-
-def check(case, budget, **changes):
-    """Every gradient within `budget` of the reference; a mapping sets budgets by name."""
-    wanted, out_sparse, lse = reference_gradients(case)
-    got = kernel_gradients(case, out_sparse, lse, **changes)
-    assert (got[3] is None) == (case.alpha is None)
-    for name, mine, exact in zip(NAMES, got, wanted, strict=False):
-        assert mine.shape == exact.shape
-        assert mine.isfinite().all(), name
-        error = relative_error(mine, exact)
-        limit = budget[name] if isinstance(budget, dict) else budget
-        assert error <= limit, f"{name}: relative error {error:.2e}, allowed {limit:.2e}"
+pytestmark = needs_triton
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.9])
@@ -252,10 +64,10 @@ def test_quantized_forward_has_the_gradient_of_the_unquantized_branch(sparse_dty
     case = make_case(100, ragged=ragged)
     wanted, out_sparse, lse = reference_gradients(case, sparse_dtype=sparse_dtype)
     _, exact_out, _ = reference_gradients(case)
-    assert relative_error(out_sparse, exact_out) > 1e-3
+    assert relative(out_sparse, exact_out) > 1e-3
     got = kernel_gradients(case, out_sparse, lse, exact_lse=False)
     for name, mine, exact in zip(NAMES, got, wanted, strict=True):
-        assert relative_error(mine, exact) <= 1e-4, name
+        assert relative(mine, exact) <= 1e-4, name
 
 
 @pytest.mark.parametrize("phi_k", ["smoothed", "raw"])
@@ -289,7 +101,7 @@ def test_with_autograd_through_the_router(selection, phi_k):
     got = [direct[0] + through_alpha[0], direct[1] + through_alpha[1], direct[2]]
     got += through_alpha[2:]
     for mine, exact in zip(got, wanted, strict=True):
-        assert relative_error(mine, exact) <= 1e-4
+        assert relative(mine, exact) <= 1e-4
 
 
 def test_nothing_dropped_leaves_the_linear_branch_out():
@@ -306,7 +118,7 @@ def test_nothing_dropped_leaves_the_linear_branch_out():
         assert torch.equal(one, other)
     wanted = (case.grad_out * out_sparse).sum(-1).transpose(1, 2)
     wanted = torch.stack([x.sum(-1) for x in wanted.split(case.settings["block_q"], -1)], -1)
-    assert relative_error(with_alpha[3], wanted) <= 1e-5
+    assert relative(with_alpha[3], wanted) <= 1e-5
 
 
 def test_key_block_that_nobody_or_everybody_selects():
@@ -386,31 +198,6 @@ def test_two_runs_are_equal_to_the_bit(exact_lse):
 def test_16_bit_gradients_of_long_sequences(dtype, length, ragged):
     settings = {"head_dim": 128, "block_q": 128, "block_k": 64, "sparsity": 0.9}
     check(make_case(length, dtype=dtype, ragged=ragged, **settings), 0.01)
-
-
-@pytest.mark.parametrize("ragged", [False, True], ids=["top_k", "ragged"])
-@pytest.mark.parametrize("length", [1, 100, 300])
-def test_inverse_lists(length, ragged):
-    case = make_case(length, batch=2, heads=3, head_dim=16, ragged=ragged)
-    num_k = num_blocks(length, case.settings["block_k"])
-    lists = invert_selection(case.indices, case.counts, num_k)
-    assert lists.query_blocks.dtype == lists.offsets.dtype == torch.int32
-    assert lists.offsets.shape == (2, 3, num_k + 1)
-    selected = selected_blocks(case.indices, case.counts, num_k)
-    for b in range(2):
-        for h in range(3):
-            for n in range(num_k):
-                first, last = lists.offsets[b, h, n : n + 2].tolist()
-                wanted = selected[b, h, :, n].nonzero().flatten().tolist()
-                assert lists.query_blocks[first:last].tolist() == wanted
-
-
-def test_key_blocks_with_long_lists_come_first():
-    # 8 query blocks and 32 key blocks per head; everybody selects block 9 of the second head.
-    indices = torch.arange(32, dtype=torch.int32, device=DEVICE).view(1, 1, 8, 4).repeat(1, 2, 1, 1)
-    indices[0, 1, :, 0] = 9
-    order = invert_selection(indices, None, 32).order.tolist()
-    assert order == [32 + 9, *(n for n in range(64) if n != 32 + 9)]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def read_locally(encoder: UMT5EncoderModel) -> None:
         table.zero_()
         # Buckets: half for words up to here and half for words after, exact below 8 words.
         half = len(table) // 2
-        distance = torch.arange(half, dtype=table.dtype, device=table.device).clamp(max=16)
+        distance = torch.arange(half, dtype=table.dtype, device=table.device)
         table[:half, 0] = table[half:, 1] = -distance
         table[half:, 0] = table[1:half, 1] = -half / 2
         table[:half, 2] = table[half:, 2] = -distance / 2

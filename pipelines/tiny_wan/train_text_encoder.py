@@ -14,6 +14,7 @@ starts from the encoder of a trained model, and `--keep` holds on to what its tr
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -120,8 +121,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     rng = random.Random(args.seed)
     tokenizer = build_tokenizer()
     encoder = load_text_encoder(args.init) if args.init else build_text_encoder(len(tokenizer))
-    kept = build_text_encoder(len(tokenizer)).to(device)
-    kept.load_state_dict(encoder.state_dict())
+    kept = copy.deepcopy(encoder).eval().to(device) if args.keep else None
     read_locally(encoder)
     reader = Reader(encoder.train()).to(device)
     places = [p for n, p in reader.named_parameters() if "relative_attention_bias" in n]
@@ -139,7 +139,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         loss = sum(
             (F.cross_entropy(p, labels[:, i]) for i, p in enumerate(parts)), ids.new_zeros(())
         )
-        if args.keep:
+        if kept is not None:
             with torch.no_grad():
                 mask = (ids > 0).long()
                 old = kept(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
