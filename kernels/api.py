@@ -13,7 +13,7 @@ from sla_video.kernels.reference import sla2_reference
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import compute_dtype
 from sla_video.kernels.torch_impl import sla2_torch
-from sla_video.kernels.triton_support import why_unavailable
+from sla_video.kernels.triton_support import interpreted, why_not, why_unavailable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,7 +173,7 @@ def sla2_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_tensors(query, key, value, router)
-    run = _choose(impl, options)
+    run = _choose(impl, query, options)
     # The operator picks the precision of each step itself.
     with torch.autocast(device, enabled=False):
         out, lse = run(query, key, value, router, options, need_lse=return_lse)
@@ -218,7 +218,7 @@ def exact_recall(query: Tensor, key: Tensor, lse_selected: Tensor) -> Tensor:
     return torch.exp(lse_selected.to(dtype) - torch.cat(full, -1))
 
 
-def _choose(impl: str, options: Options) -> _Implementation:
+def _choose(impl: str, query: Tensor, options: Options) -> _Implementation:
     """Resolve `"auto"`; refuse what the implementation asked for cannot do."""
     if impl not in get_args(Implementation):
         known = ", ".join(repr(name) for name in get_args(Implementation))
@@ -231,7 +231,9 @@ def _choose(impl: str, options: Options) -> _Implementation:
         )
     if impl == "auto":
         impl = "reference" if soft else "torch"
-        # Not "triton", until its kernels have been measured on a GPU.
+        # Interpreted kernels run anywhere, but are for tests.
+        if query.is_cuda and not interpreted() and why_not(query, options) is None:
+            impl = "triton"
         if impl not in _ANNOUNCED and not torch.compiler.is_compiling():
             _ANNOUNCED.add(impl)
             _LOGGER.info("impl='auto' chose %r for selection=%r", impl, options.selection)

@@ -187,7 +187,7 @@ class SLAAttnProcessor(nn.Module):
         key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
-            query, key = _rotate(query, key, *rotary_emb)
+            query, key = rotate(query, key, *rotary_emb)
 
         self._follow(query.device)
         output = self._operator(query, key, value).flatten(2, 3)
@@ -255,7 +255,7 @@ class SLAAttnProcessor(nn.Module):
         return f"sparsity={self.sparsity}, router={self.router}"
 
 
-def _rotate(
+def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary embedding of neighbouring pairs. query, key `[B, L, H, D]`; cos, sin `[1, L, 1, D]`.

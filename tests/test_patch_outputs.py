@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_wan import (
 
 from sla_video import SLAConfig, disable_sla, enable_sla
 from sla_video.kernels.router import Router
-from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor, _rotate
+from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor, rotate
 from tiny_models import (
     TEXT_DIM,
     TINY_CALL,
@@ -130,7 +130,7 @@ def test_rotary_embedding_equals_the_stock_formula(dtype, rotary_dtype):
         c, s = cos.double()[..., 0::2], sin.double()[..., 1::2]
         return torch.stack((x1 * c - x2 * s, x1 * s + x2 * c), -1).flatten(-2)
 
-    for states, rotated in zip((query, key), _rotate(query, key, cos, sin), strict=True):
+    for states, rotated in zip((query, key), rotate(query, key, cos, sin), strict=True):
         assert rotated.dtype == dtype
         error = (rotated.double() - turn(states)).abs()
         # A rotation keeps the length of a pair, and so rounds relative to it.
@@ -141,8 +141,8 @@ def test_rotary_embedding_equals_the_stock_formula(dtype, rotary_dtype):
 def test_compiled_rotary_embedding_equals_the_eager_one():
     cos, sin = WanRotaryPosEmbed(16, (1, 1, 1), 32)(torch.zeros(1, 1, 2, 3, 3))
     query, key = torch.randn(2, 1, 18, 2, 16)
-    compiled = torch.compile(_rotate, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(query, key, cos, sin), _rotate(query, key, cos, sin))
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(query, key, cos, sin), rotate(query, key, cos, sin))
 
 
 def test_sparse_output_is_not_the_stock_one():

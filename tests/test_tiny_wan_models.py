@@ -11,7 +11,11 @@ from diffusers import WanPipeline
 
 from sla_video.pipelines.tiny_wan import export, grammar
 from sla_video.pipelines.tiny_wan.data import TEXT_LENGTH, token_ids
-from sla_video.pipelines.tiny_wan.flow_matching import TextToVideo, spread_rotary_positions
+from sla_video.pipelines.tiny_wan.flow_matching import (
+    DenseSelfAttention,
+    TextToVideo,
+    spread_rotary_positions,
+)
 from sla_video.pipelines.tiny_wan.models import (
     TEXT_POSITIONS,
     build_scheduler,
@@ -75,6 +79,18 @@ def test_one_pad_slot_stands_for_the_pads_of_the_pipeline(
     assert padded.shape[1] == positions
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
     assert (unpadded - expected).abs().max() > 1e-4
+
+
+def test_self_attention_in_training_is_that_of_diffusers() -> None:
+    torch.manual_seed(0)
+    transformer = build_transformer().eval()
+    inputs = torch.randn(2, 8, 2, 4, 4), torch.tensor([700.0, 300.0]), torch.randn(2, 5, 256)
+    with torch.no_grad():
+        expected = transformer(*inputs, return_dict=False)[0]
+        for block in transformer.blocks:
+            block.attn1.processor = DenseSelfAttention()
+        actual = transformer(*inputs, return_dict=False)[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 def test_spread_positions_leave_the_full_size_alone_and_average_the_small() -> None:

@@ -31,6 +31,11 @@ pytestmark = [needs_triton, pytest.mark.usefixtures("no_grad")]
 LOW_BIT = ["int8", "int8_fp8", "int8_int8"]
 
 
+def same(got, wanted):
+    """Equal; on a GPU up to the order of sums, which differs for tensors that are not aligned."""
+    return torch.equal(got, wanted) if DEVICE == "cpu" else relative(got, wanted) < 1e-3
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("selection", ["top_k", "top_p"])
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_strides_do_not_matter(layout, sparse_dtype):
     wanted, wanted_lse = triton(
         [x.clone(memory_format=torch.contiguous_format) for x in qkv], **settings
     )
-    assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+    assert same(out, wanted) and same(lse, wanted_lse)
 
 
 @pytest.mark.parametrize("sparse_dtype", ["bf16", *LOW_BIT])
@@ -148,7 +153,7 @@ def test_nan_around_the_inputs_never_leaks(poisoned, length, sparse_dtype):
     out, lse = triton([inside_nan(x) for x in qkv], **settings)
     wanted, wanted_lse = triton(qkv, **settings)
     assert out.isfinite().all() and lse.isfinite().all()
-    assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+    assert same(out, wanted) and same(lse, wanted_lse)
 
 
 @pytest.mark.parametrize("sparse_dtype", ["bf16", "int8_fp8"])

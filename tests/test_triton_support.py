@@ -43,11 +43,17 @@ def test_refuses_wide_heads():
         triton(inputs(8, head_dim=160))
 
 
-def test_auto_waits_until_the_kernels_are_measured(monkeypatch, caplog):
+def test_auto_takes_the_kernels_on_a_gpu_only(monkeypatch, caplog):
     monkeypatch.setattr(api, "_ANNOUNCED", set())
     with caplog.at_level(logging.INFO, logger="sla_video"):
         sla2_attention(*inputs(8))
-    assert "chose 'torch'" in caplog.text
+    assert f"chose '{'triton' if DEVICE == 'cuda' else 'torch'}'" in caplog.text
+
+
+def test_auto_falls_back_to_torch():
+    wide = inputs(8, head_dim=160)
+    wanted = sla2_attention(*wide, impl="torch")
+    assert torch.equal(sla2_attention(*wide, impl="auto"), wanted)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
+from sla_video.pipelines.processor import rotate
 from sla_video.pipelines.tiny_wan.data import TEXT_LENGTH
 from sla_video.pipelines.tiny_wan.models import TEXT_POSITIONS
 
@@ -41,6 +42,28 @@ class PaddedTextAttention:
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], -1)
         out = F.scaled_dot_product_attention(
             query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
+        )
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3)))
+
+
+class DenseSelfAttention:
+    """The stock self-attention with the rotary embedding of `SLAAttnProcessor`.
+
+    Where blocks are compiled, the stock formula with its writes in place becomes a kernel that took
+    18% of a training step on an H100.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb):  # type: ignore[no-untyped-def]
+        # [B, L, H, D]
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        query, key = rotate(query, key, *rotary_emb)
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3)))
 

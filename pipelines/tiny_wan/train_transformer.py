@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -36,7 +37,11 @@ from sla_video.pipelines.handle import SLAHandle
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.tiny_wan import checkpoints
 from sla_video.pipelines.tiny_wan.data import stream
-from sla_video.pipelines.tiny_wan.flow_matching import TextToVideo, spread_rotary_positions
+from sla_video.pipelines.tiny_wan.flow_matching import (
+    DenseSelfAttention,
+    TextToVideo,
+    spread_rotary_positions,
+)
 from sla_video.pipelines.tiny_wan.latent_bank import LatentBank
 from sla_video.pipelines.tiny_wan.models import (
     build_text_encoder,
@@ -175,8 +180,7 @@ class Trainer:
         set_seed(seed)
         spread_rotary_positions(self.model.transformer, stage.size // 8, FRAME_SIZE // 8)
         self.model.shift = stage.shift
-        if stage.sparsity is not None:
-            self.sla = enable_sla(self.model.transformer, sparsity=stage.sparsity, impl=args.impl)
+        self.choose_attention(stage)
         self.coin.seed(f"{args.seed}/{number}/{before['clips']}")
         bank = LatentBank(
             args.bank * 64**2 // stage.size**2, self.vae, stage.size, accelerator.device
@@ -231,6 +235,21 @@ class Trainer:
             self.sla.remove()
             self.sla = None
         return schedule.finished
+
+    def choose_attention(self, stage: Stage) -> None:
+        """Dense self-attention that compiles well; and SLA2 beside it where the stage has both."""
+        blocks = self.model.transformer.blocks
+        if stage.sparsity is not None:
+            for block in blocks:
+                block.attn1.processor = WanAttnProcessor()
+            self.sla = enable_sla(
+                self.model.transformer, sparsity=stage.sparsity, impl=self.args.impl
+            )
+        for block in blocks:
+            if self.sla is None:
+                block.attn1.processor = DenseSelfAttention()
+            else:
+                block.attn1.processor.original = DenseSelfAttention()
 
     def step(self, stage: Stage, factor: float, bank: LatentBank) -> Tensor:
         """One optimizer step; returns its loss."""
