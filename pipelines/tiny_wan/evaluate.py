@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import WanPipeline
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.tiny_wan import adherence, checkpoints
@@ -45,6 +45,10 @@ from sla_video.pipelines.tiny_wan.scenes import Scene, sample_scene
 HELD_OUT_SEED = 4242
 SHEET_ROWS = 12
 SHEET_FRAMES = (0, 6, 12, 18, 24)
+# Pixels: of a frame, of the line above a row of frames, and between the columns.
+SHEET_TILE = 112
+SHEET_CAPTION = 24
+SHEET_GAP = 12
 
 
 def held_out_prompts(count: int) -> tuple[list[Scene], list[str]]:
@@ -130,14 +134,22 @@ def run_setting(
     return np.concatenate(videos), seconds
 
 
-def contact_sheet(videos: Any, path: Path) -> None:
-    """A few frames of each of the first videos, a row each, two columns of rows."""
-    rows = [np.concatenate([v[t] for t in SHEET_FRAMES], axis=1) for v in videos[:SHEET_ROWS]]
-    half = len(rows) // 2
-    columns = [np.concatenate(part) for part in (rows[:half], rows[half : 2 * half]) if part]
-    image = Image.fromarray(np.concatenate(columns, axis=1))
-    image.thumbnail((1600, 1600))
-    image.save(path)
+def contact_sheet(videos: Any, prompts: list[str], path: Path) -> None:
+    """A few frames of each of the first videos under its prompt, in two columns."""
+    width, height = SHEET_TILE * len(SHEET_FRAMES), SHEET_TILE + SHEET_CAPTION
+    count = min(len(videos), len(prompts), SHEET_ROWS)
+    image = Image.new("RGB", (2 * width + SHEET_GAP, -(-count // 2) * height), "white")
+    draw = ImageDraw.Draw(image)
+    for i in range(count):
+        left, top = i % 2 * (width + SHEET_GAP), i // 2 * height
+        size = 13.0
+        while size > 8 and draw.textlength(prompts[i], font_size=size) > width - 4:
+            size -= 0.5
+        draw.text((left + 2, top + 6), prompts[i], fill="black", font_size=size)
+        for column, t in enumerate(SHEET_FRAMES):
+            tile = Image.fromarray(videos[i][t]).resize((SHEET_TILE, SHEET_TILE), Image.LANCZOS)
+            image.paste(tile, (left + column * SHEET_TILE, top + SHEET_CAPTION))
+    image.save(path, optimize=True)
 
 
 def main() -> None:
@@ -148,8 +160,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--settings", nargs="+", default=["dense"], help="dense, 0.9, 0.9/2")
     parser.add_argument("--size", type=int, default=FRAME_SIZE)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--text-positions", type=int, default=TEXT_POSITIONS[0])
     parser.add_argument("--shift", type=float, help="of the scheduler's noise levels")
     parser.add_argument("--batch-size", type=int, default=10)
@@ -185,7 +197,7 @@ def main() -> None:
             if accelerator.is_main_process:
                 print(setting, json.dumps(row), flush=True)
                 if args.sheet and setting == args.settings[0]:
-                    contact_sheet(videos, args.sheet)
+                    contact_sheet(videos, mine, args.sheet)
                 if args.json:
                     part = args.json.with_name(args.json.name + ".part")
                     part.write_text(json.dumps(report, indent=1))

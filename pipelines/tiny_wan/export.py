@@ -51,10 +51,10 @@ def main() -> None:
     parser.add_argument("--transformer", type=Path, required=True, help="checkpoint or pipeline")
     parser.add_argument("--weights", default="ema", choices=("ema", "weights"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--dense-steps", type=int, default=0)
+    parser.add_argument("--dense-steps", type=int, default=1)
     args = parser.parse_args()
     defaults = {
         "num_inference_steps": args.steps,

@@ -4,7 +4,7 @@ Low resolution first: motion and colours are learned from millions of cheap 64-p
 from fewer large ones. Rotary positions are spread so that a small clip's tokens stand where they
 would in the full-size one. A stage is `size:batch:minutes:shift:rate[:sparsity]`: pixels a side,
 clips a process, training time, shift of the noise levels, peak learning rate. In a stage with a
-sparsity half of the steps run with SLA2, without trained routers, so that the model is at home with
+sparsity part of the steps run with SLA2, without trained routers, so that the model is at home with
 both kinds of attention (as in SSA, arXiv 2511.20102: one draw a step for the whole network).
 
     accelerate launch --num_processes 4 -m sla_video.pipelines.tiny_wan.train_transformer \\
@@ -59,8 +59,6 @@ LOG_EVERY = 200
 ADAM_RATE = 0.5
 # The text encoder can read already; it only adapts.
 TEXT_RATE = 0.05
-# Share of the steps with dense attention, in stages that train SLA2 too.
-DENSE_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +254,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * group["rate"] * factor
-        dense = self.sla is not None and self.coin.random() < DENSE_SHARE
+        dense = self.sla is not None and self.coin.random() < self.args.dense_share
         with self.sla.dense() if self.sla is not None and dense else nullcontext():
             loss: Tensor = self.wrapped(*bank.sample(stage.batch_size))
         self.accelerator.backward(loss)
@@ -290,6 +288,12 @@ def main() -> None:
     parser.add_argument("--reuse", type=int, default=12, help="steps a clip is expected to serve")
     parser.add_argument("--encode-batch", type=int, default=128, help="clips, at 64 pixels")
     parser.add_argument("--pairs", type=float, default=0.75, help="share of two-object clips")
+    parser.add_argument(
+        "--dense-share",
+        type=float,
+        default=0.5,
+        help="share of the steps with dense attention, in a stage with a sparsity",
+    )
     parser.add_argument("--workers", type=int, default=4, help="scene processes a process")
     parser.add_argument("--max-steps", type=int, default=0, help="a stage's; 0: time decides")
     parser.add_argument(
