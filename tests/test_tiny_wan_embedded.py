@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
+import imageio.v2 as imageio
+import numpy as np
 import pytest
 import torch
+from cli_tools import call
 from diffusers import WanPipeline
 from torch import Tensor
 
 from sla_video.pipelines.model_source import embedded_folder
 from sla_video.pipelines.patching import enable_sla
+from sla_video.pipelines.tiny_wan import adherence
 from sla_video.pipelines.tiny_wan.data import TEXT_LENGTH, token_ids
 from sla_video.pipelines.tiny_wan.evaluate import held_out_prompts
-from sla_video.pipelines.tiny_wan.grammar import caption
+from sla_video.pipelines.tiny_wan.grammar import caption, parse
 from sla_video.pipelines.tiny_wan.models import encode_clip, latent_stats
 from sla_video.pipelines.tiny_wan.placement import place
 from sla_video.pipelines.tiny_wan.render import render
@@ -77,6 +82,20 @@ def test_it_listens_to_the_prompt(pipe: WanPipeline, latents: Tensor) -> None:
     handle.remove()
     assert errors["right"] < 0.9 * errors["none"]
     assert errors["none"] < errors["another"]
+
+
+def test_a_prompt_becomes_its_video(tmp_path: Path) -> None:
+    prompt = "a red circle moves left on a white background"
+    out = tmp_path / "clip.mp4"
+    # Half of the default steps are enough for one object.
+    done = call("generate", prompt, "--steps", 6, "--seed", 1, "--device", "cpu", "--out", out)
+    assert done.code == 0, done.err
+    frames = np.stack(imageio.mimread(out))
+    assert frames.shape == (25, 256, 256, 3)
+    found = adherence.measure(frames, parse(prompt))
+    assert found.all, found
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["attention"]["kind"] == "sla2"
 
 
 def test_prompts_fit_the_positions_it_was_trained_for(pipe: WanPipeline) -> None:

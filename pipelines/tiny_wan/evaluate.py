@@ -147,7 +147,9 @@ def contact_sheet(videos: Any, prompts: list[str], path: Path) -> None:
             size -= 0.5
         draw.text((left + 2, top + 6), prompts[i], fill="black", font_size=size)
         for column, t in enumerate(SHEET_FRAMES):
-            tile = Image.fromarray(videos[i][t]).resize((SHEET_TILE, SHEET_TILE), Image.LANCZOS)
+            tile = Image.fromarray(videos[i][t]).resize(
+                (SHEET_TILE, SHEET_TILE), Image.Resampling.LANCZOS
+            )
             image.paste(tile, (left + column * SHEET_TILE, top + SHEET_CAPTION))
     image.save(path, optimize=True)
 
