@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ def call(*arguments: object) -> Outcome:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def heed_interrupts() -> None:
+    """In a new process: Ctrl-C counts, also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def program(*arguments: object) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import SMALL, assert_refused, call, files_below, run
+from cli_tools import SMALL, assert_refused, call, files_below, heed_interrupts, run
 
 from sla_video.console import run_command
 from sla_video.pipelines.errors import is_out_of_memory, one_line
@@ -243,6 +243,11 @@ def work():
 
 sys.exit(run_command(work))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     assert done.returncode == code
     assert "Traceback" not in done.stderr

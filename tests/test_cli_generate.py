@@ -15,7 +15,15 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from cli_tools import SMALL, call, files_below, program, program_environment, run
+from cli_tools import (
+    SMALL,
+    call,
+    files_below,
+    heed_interrupts,
+    program,
+    program_environment,
+    run,
+)
 
 import sla_video
 from sla_video.pipelines import generation, video_files
@@ -275,6 +283,7 @@ def test_signals_end_the_program_cleanly(
     with subprocess.Popen(
         program("generate", PROMPT, *arguments),
         env=program_environment(),
+        preexec_fn=heed_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -22,7 +22,7 @@ pytestmark = needs_triton
 
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.9])
 @pytest.mark.parametrize("head_dim", [64, 128, 40])
-@pytest.mark.parametrize("length", [1, 64, 100, 200, 300])
+@pytest.mark.parametrize("length", [1, 64, 100, 300])
 def test_float32_gradients(length, head_dim, sparsity):
     check(make_case(length, heads=1, head_dim=head_dim, sparsity=sparsity), 1e-4)
 
@@ -31,7 +31,7 @@ def test_float32_gradients(length, head_dim, sparsity):
 @pytest.mark.parametrize("phi_k", ["smoothed", "raw"])
 @pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out_and_lse"])
 def test_selections_features_and_lse(ragged, phi_k, with_lse):
-    case = make_case(100, batch=2, ragged=ragged, phi_k=phi_k, with_lse=with_lse)
+    case = make_case(70, batch=2, ragged=ragged, phi_k=phi_k, with_lse=with_lse)
     check(case, 1e-4)
 
 
