@@ -28,11 +28,20 @@ sys.exit(done < 0.999 * float(sys.argv[2]))
 PY
 launch $tiny.train_transformer --vae "$run/vae" --text-encoder "$run/text" --out "$run/model" \
   --stages "${stages[@]}" --wall-minutes "$(left)"
-# Single objects more often than before, or they come out doubled.
-launch $tiny.train_transformer --vae "$run/vae" --init "$run/model" --out "$run/final" \
-  --stages "${PLAN_FINAL:-256:32:1:6:5e-4:0.9}" --pairs 0.5 --dense-share 0.3 --cooldown 0.8 \
-  --ema 0.995 --wall-minutes "$(left)"
-python3 -m $tiny.export --vae "$run/vae" --transformer "$run/final" --out "$run/tiny-wan"
+trained="$run/model"
+# Only from a finished model, since a final run that exists is gone on with.
+if python3 - "$run/model/state.json" "${#stages[@]}" <<'PY'; then
+import json, sys
+stages = json.load(open(sys.argv[1]))["stages"]
+sys.exit(sum(bool(stage["finished"]) for stage in stages) < int(sys.argv[2]))
+PY
+  # Single objects more often than before, or they come out doubled.
+  launch $tiny.train_transformer --vae "$run/vae" --init "$run/model" --out "$run/final" \
+    --stages "${PLAN_FINAL:-256:32:1:6:5e-4:0.9}" --pairs 0.5 --dense-share 0.3 --cooldown 0.8 \
+    --ema 0.995 --wall-minutes "$(left)"
+  trained="$run/final"
+fi
+python3 -m $tiny.export --vae "$run/vae" --transformer "$trained" --out "$run/tiny-wan"
 if python3 -c "import sys; sys.exit($(left) < 1.5)"; then
   launch $tiny.evaluate --model "$run/tiny-wan" --prompts 200 --settings "${settings[@]}" \
     --json "$run/adherence.json" --sheet "$run/sheet.png"

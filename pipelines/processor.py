@@ -176,24 +176,9 @@ class SLAAttnProcessor(nn.Module):
         hidden_states: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query = attn.to_q(hidden_states)
-            key = attn.to_k(hidden_states)
-            value = attn.to_v(hidden_states)
-        # [B, L, H, D]
-        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-        value = value.unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            query, key = rotate(query, key, *rotary_emb)
-
+        query, key, value = project_in(attn, hidden_states, rotary_emb)
         self._follow(query.device)
-        output = self._operator(query, key, value).flatten(2, 3)
-        for module in attn.to_out:  # projection, dropout
-            output = module(output)
-        return output
+        return project_out(attn, self._operator(query, key, value))
 
     def _operator(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -253,6 +238,34 @@ class SLAAttnProcessor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"sparsity={self.sparsity}, router={self.router}"
+
+
+def project_in(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value `[B, L, H, D]` of `[B, L, H*D]`: projected, normed, rotated."""
+    if attn.fused_projections:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(hidden_states)
+        value = attn.to_v(hidden_states)
+    query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
+    key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+    value = value.unflatten(2, (attn.heads, -1))
+    if rotary_emb is not None:
+        query, key = rotate(query, key, *rotary_emb)
+    return query, key, value
+
+
+def project_out(attn: Any, output: torch.Tensor) -> torch.Tensor:
+    """`[B, L, H*D]` of the attention's output `[B, L, H, D]`."""
+    output = output.flatten(2, 3)
+    for module in attn.to_out:  # projection, dropout
+        output = module(output)
+    return output
 
 
 def rotate(

@@ -47,7 +47,7 @@ def test_evaluate_compares_settings_from_the_same_noise(
     # At full selection only rounding differs; at half of the blocks the videos do.
     assert rows["0.0"]["psnr_to_first"] > 60 > rows["0.5"]["psnr_to_first"]
     assert all(0 <= rows[s][column] <= 100 for s in rows for column in ("colour", "core", "all"))
-    assert Image.open(sheet).size == (2 * 5 * 112 + 12, 112 + 24)
+    assert Image.open(sheet).size == (2 * 5 * 114 + 12, 112 + 24)
 
 
 def test_evaluate_says_what_a_checkpoint_needs(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def test_the_exported_folder_is_an_ordinary_pipeline(pipeline_folder: Path) -> N
     assert pipe.transformer.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == torch.float32
     assert pipe.scheduler.config.shift == build_scheduler().config.shift
     assert json.loads((pipeline_folder / "defaults.json").read_text())["num_inference_steps"] == 2
+    for config in pipeline_folder.glob("*/config.json"):
+        assert "_name_or_path" not in json.loads(config.read_text()), config
     grid = (7, 32, 32)
     rope = pipe.transformer.rope(torch.empty(1, 8, *grid))
     assert rope[0].shape[1] == 7168

@@ -32,7 +32,7 @@ LOW_BIT = ["int8", "int8_fp8", "int8_int8"]
 
 
 def same(got, wanted):
-    """Equal; on a GPU up to the order of sums, which differs for tensors that are not aligned."""
+    """Equal; on a GPU, where other strides make another variant of a kernel, up to rounding."""
     return torch.equal(got, wanted) if DEVICE == "cpu" else relative(got, wanted) < 1e-3
 
 

@@ -25,6 +25,12 @@ from sla_video.kernels.triton_statistics import block_statistics
 pytestmark = [needs_triton, pytest.mark.usefixtures("no_grad")]
 
 
+def prepared(key, value, key_mean, value_max=None, **options):
+    """The operands of blocks of 32 keys, with features."""
+    options = {"sparse_dtype": "bf16", "phi_k": "smoothed", "need_features": True} | options
+    return prepare_keys(key, value, key_mean, value_max, block_k=32, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_drop_nothing_keep_their_sparse_output(poisoned, dtype):
     query, key, value = inputs(200, dtype=dtype)
@@ -34,16 +40,7 @@ def test_rows_that_drop_nothing_keep_their_sparse_output(poisoned, dtype):
     counts[:, 1, 3] = 2
     key_mean = key.float().mean(1)
     alpha = torch.full((1, 2, 7), 0.3, device=DEVICE)
-    operands = prepare_keys(
-        key,
-        value,
-        key_mean,
-        None,
-        block_k=32,
-        sparse_dtype="bf16",
-        phi_k="smoothed",
-        need_features=True,
-    )
+    operands = prepared(key, value, key_mean)
     blocks = {"operands": operands, "block_q": 32, "block_k": 32}
     sparse, _ = sparse_forward(query, key, value, indices, counts, key_mean, **blocks)
     out = linear_forward_mix(query, key, value, key_mean, indices, counts, alpha, sparse, **blocks)
@@ -64,15 +61,13 @@ def test_features_recomputed_or_in_fp8(storage, phi_k):
     alpha = torch.zeros(1, 2, 7, device=DEVICE)
     outputs = []
     for feature_storage in ("value", storage):
-        operands = prepare_keys(
+        operands = prepared(
             key,
             value,
             statistics.key_mean,
             statistics.value_max,
-            block_k=32,
             sparse_dtype="int8_fp8",
             phi_k=phi_k,
-            need_features=True,
             feature_storage=feature_storage,
         )
         out = linear_forward_mix(
@@ -103,16 +98,8 @@ def test_preparation(poisoned, length):
     assert torch.equal(statistics.value_max, value.abs().amax(1))
 
     for sparse_dtype in ("int8_fp8", "int8_int8"):
-        operands = prepare_keys(
-            key,
-            value,
-            statistics.key_mean,
-            statistics.value_max,
-            block_k=32,
-            sparse_dtype=sparse_dtype,
-            phi_k="smoothed",
-            need_features=True,
-        )
+        means = statistics.key_mean, statistics.value_max
+        operands = prepared(key, value, *means, sparse_dtype=sparse_dtype)
         num_k = num_blocks(length, 32)
         # [B, H, L, D] of blocks [B, H, N, block_k, D_PAD]
         keys = operands.low_keys * operands.key_scale[..., None, None]

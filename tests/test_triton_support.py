@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,10 +51,24 @@ def test_auto_takes_the_kernels_on_a_gpu_only(monkeypatch, caplog):
     assert f"chose '{'triton' if DEVICE == 'cuda' else 'torch'}'" in caplog.text
 
 
-def test_auto_falls_back_to_torch():
-    wide = inputs(8, head_dim=160)
-    wanted = sla2_attention(*wide, impl="torch")
-    assert torch.equal(sla2_attention(*wide, impl="auto"), wanted)
+@pytest.mark.parametrize(
+    ("is_cuda", "interpreted", "reason", "chosen"),
+    [
+        (True, False, None, "sla2_triton"),
+        (True, False, "for head dimensions up to 128", "sla2_torch"),
+        (True, True, None, "sla2_torch"),
+        (False, False, None, "sla2_torch"),
+    ],
+    ids=["gpu", "gpu_that_cannot", "interpreter", "cpu"],
+)
+def test_auto_takes_the_kernels_only_where_they_can(
+    monkeypatch, is_cuda, interpreted, reason, chosen
+):
+    monkeypatch.setattr(api, "interpreted", lambda: interpreted)
+    monkeypatch.setattr(api, "why_not", lambda *_: reason)
+    monkeypatch.setattr(api, "why_unavailable", lambda: None)
+    query = SimpleNamespace(is_cuda=is_cuda)
+    assert api._choose("auto", query, SimpleNamespace(selection="top_k")).__name__ == chosen
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")

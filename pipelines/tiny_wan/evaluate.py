@@ -31,6 +31,8 @@ from sla_video.pipelines.tiny_wan import adherence, checkpoints
 from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
 from sla_video.pipelines.tiny_wan.grammar import caption
 from sla_video.pipelines.tiny_wan.models import (
+    GUIDANCE_SCALE,
+    STEPS,
     TEXT_POSITIONS,
     build_scheduler,
     build_text_encoder,
@@ -45,8 +47,9 @@ from sla_video.pipelines.tiny_wan.scenes import Scene, sample_scene
 HELD_OUT_SEED = 4242
 SHEET_ROWS = 12
 SHEET_FRAMES = (0, 6, 12, 18, 24)
-# Pixels: of a frame, of the line above a row of frames, and between the columns.
+# Pixels: of a frame, between frames, of the line above a row of frames, and between the columns.
 SHEET_TILE = 112
+SHEET_SEAM = 2
 SHEET_CAPTION = 24
 SHEET_GAP = 12
 
@@ -136,7 +139,8 @@ def run_setting(
 
 def contact_sheet(videos: Any, prompts: list[str], path: Path) -> None:
     """A few frames of each of the first videos under its prompt, in two columns."""
-    width, height = SHEET_TILE * len(SHEET_FRAMES), SHEET_TILE + SHEET_CAPTION
+    pitch = SHEET_TILE + SHEET_SEAM
+    width, height = pitch * len(SHEET_FRAMES), SHEET_TILE + SHEET_CAPTION
     count = min(len(videos), len(prompts), SHEET_ROWS)
     image = Image.new("RGB", (2 * width + SHEET_GAP, -(-count // 2) * height), "white")
     draw = ImageDraw.Draw(image)
@@ -150,7 +154,7 @@ def contact_sheet(videos: Any, prompts: list[str], path: Path) -> None:
             tile = Image.fromarray(videos[i][t]).resize(
                 (SHEET_TILE, SHEET_TILE), Image.Resampling.LANCZOS
             )
-            image.paste(tile, (left + column * SHEET_TILE, top + SHEET_CAPTION))
+            image.paste(tile, (left + column * pitch, top + SHEET_CAPTION))
     image.save(path, optimize=True)
 
 
@@ -162,8 +166,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--settings", nargs="+", default=["dense"], help="dense, 0.9, 0.9/2")
     parser.add_argument("--size", type=int, default=FRAME_SIZE)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--text-positions", type=int, default=TEXT_POSITIONS[0])
     parser.add_argument("--shift", type=float, help="of the scheduler's noise levels")
     parser.add_argument("--batch-size", type=int, default=10)

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from sla_video.pipelines.tiny_wan.evaluate import load_pipeline
-from sla_video.pipelines.tiny_wan.models import TEXT_POSITIONS, save_pipeline
+from sla_video.pipelines.tiny_wan.models import (
+    GUIDANCE_SCALE,
+    STEPS,
+    TEXT_POSITIONS,
+    save_pipeline,
+)
 from sla_video.pipelines.tiny_wan.render import FPS, FRAME_SIZE, NUM_FRAMES
 
 
 def _edit(path: Path, change: dict[str, Any]) -> None:
     data = json.loads(path.read_text())
+    # Where the weights were loaded from before is of no use to others.
+    data.pop("_name_or_path", None)
     path.write_text(json.dumps({**data, **change}, indent=2) + "\n")
 
 
@@ -29,6 +36,8 @@ def export(vae: Path | None, transformer: Path, out: Path, weights: str, default
     new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     save_pipeline(new, pipe.vae, pipe.transformer, pipe.text_encoder)
+    for part in ("transformer", "vae"):
+        _edit(new / part / "config.json", {})
     # Transformers would otherwise keep the encoder in the precision of its file.
     _edit(new / "text_encoder" / "config.json", {"dtype": "float32"})
     # The name that both Transformers 4 and 5 know.
@@ -51,8 +60,8 @@ def main() -> None:
     parser.add_argument("--transformer", type=Path, required=True, help="checkpoint or pipeline")
     parser.add_argument("--weights", default="ema", choices=("ema", "weights"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--dense-steps", type=int, default=1)
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
-from sla_video.pipelines.processor import rotate
+from sla_video.pipelines.processor import project_in, project_out
 from sla_video.pipelines.tiny_wan.data import TEXT_LENGTH
 from sla_video.pipelines.tiny_wan.models import TEXT_POSITIONS
 
@@ -43,7 +43,7 @@ class PaddedTextAttention:
         out = F.scaled_dot_product_attention(
             query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
         )
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3)))
+        return project_out(attn, out.transpose(1, 2))
 
 
 class DenseSelfAttention:
@@ -57,15 +57,11 @@ class DenseSelfAttention:
     _parallel_config = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb):  # type: ignore[no-untyped-def]
-        # [B, L, H, D]
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        query, key = rotate(query, key, *rotary_emb)
+        query, key, value = project_in(attn, hidden_states, rotary_emb)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3)))
+        return project_out(attn, out.transpose(1, 2))
 
 
 class TextToVideo(nn.Module):
