@@ -4,9 +4,10 @@
     backward   triton_backward
 
 Gradients of Q, K and V are those with the selection and alpha fixed, plus what alpha's gradient
-sends through the router, which is left to autograd. A low-bit forward has the gradients of the
-unquantized branch; alpha's own sees the value that was mixed. Nothing is kept for the backward but
-Q, K, V, the selection, alpha, mean(K), O_s and its log-sum-exp.
+sends through the router, which is left to autograd; so is what reaches the tokens through the mean
+of the keys in phi. A low-bit forward has the gradients of the unquantized branch; alpha's own sees
+the value that was mixed. Nothing is kept for the backward but Q, K, V, the selection, alpha,
+mean(K), O_s and its log-sum-exp.
 
 Custom operators have no optional results: an empty tensor stands for one that is not wanted.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sla_video.kernels.options import Options, PhiK, SparseDtype
+from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_backward import sla2_backward
 from sla_video.kernels.triton_linear import linear_forward_mix
 from sla_video.kernels.triton_prepare import prepare_keys
@@ -32,8 +34,11 @@ def _mixed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_means: Tensor,
     key_mean: Tensor,
     value_max: Tensor | None,
+    low_query: Tensor | None,
+    query_scale: Tensor | None,
     indices: Tensor,
     counts: Tensor | None,
     alpha: Tensor | None,
@@ -46,7 +51,8 @@ def _mixed_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O `[B, L, H, D]`, the log-sum-exp `[B, H, L]`, and O_s where it is not O.
 
-    The last two are empty unless `need_lse` and `keep_sparse` ask for them.
+    The last two are empty unless `need_lse` and `keep_sparse` ask for them. `key_means`, of which
+    `key_mean` is the mean, are here for the gradient of `key_mean`.
     """
     low_bit, features = cast(SparseDtype, sparse_dtype), cast(PhiK, phi_k)
     operands = prepare_keys(
@@ -69,6 +75,8 @@ def _mixed_attention(
         block_q=block_q,
         block_k=block_k,
         sparse_dtype=low_bit,
+        low_query=low_query,
+        query_scale=query_scale,
         need_lse=need_lse,
         operands=operands,
     )
@@ -96,9 +104,9 @@ def _mixed_attention(
 
 @_mixed_attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, key_mean: Tensor, *more: Any
+    query: Tensor, key: Tensor, value: Tensor, key_means: Tensor, key_mean: Tensor, *more: Any
 ) -> tuple[Tensor, ...]:
-    _, _, _, alpha, *_, need_lse, keep_sparse = more
+    _, _, _, _, _, alpha, *_, need_lse, keep_sparse = more
     batch, length, heads, _ = query.shape
     lse = (batch, heads, length) if need_lse else (0,)
     sparse = query.shape if keep_sparse and alpha is not None else (0,)
@@ -122,9 +130,9 @@ def _mixed_attention_backward(
     block_k: int,
     phi_k: str,
     exact_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and alpha; the last is empty without alpha."""
-    grad_query, grad_key, grad_value, grad_alpha = sla2_backward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, key_mean and alpha; the last two may be empty."""
+    grad_query, grad_key, grad_value, grad_key_mean, grad_alpha = sla2_backward(
         grad_out,
         query,
         key,
@@ -141,18 +149,25 @@ def _mixed_attention_backward(
         grad_lse=grad_lse,
         exact_lse=exact_lse,
     )
+    if grad_key_mean is None:
+        grad_key_mean = key_mean.new_empty(0)
     if grad_alpha is None:
         grad_alpha = key_mean.new_empty(0)
-    return grad_query, grad_key, grad_value, grad_alpha
+    return grad_query, grad_key, grad_value, grad_key_mean, grad_alpha
 
 
 @_mixed_attention_backward.register_fake
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, *more: Any
 ) -> tuple[Tensor, ...]:
-    _, key_mean, _, _, alpha, *_ = more
+    _, key_mean, _, _, alpha, _, _, _, _, phi_k, _ = more
     gradients = (query.new_empty(query.shape) for _ in range(3))
-    return *gradients, key_mean.new_empty((0,) if alpha is None else alpha.shape)
+    mean = (0,) if alpha is None or phi_k == "raw" else key_mean.shape
+    return (
+        *gradients,
+        key_mean.new_empty(mean),
+        key_mean.new_empty((0,) if alpha is None else alpha.shape),
+    )
 
 
 class _Settings(NamedTuple):
@@ -165,7 +180,7 @@ class _Settings(NamedTuple):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, key_mean, _, indices, counts, alpha, *settings = inputs
+    query, key, value, _, key_mean, _, _, _, indices, counts, alpha, *settings = inputs
     block_q, block_k, sparse_dtype, phi_k, _, _ = settings
     out, lse, out_sparse = output
     sparse = out if alpha is None else out_sparse
@@ -181,7 +196,7 @@ def _backward(
     settings: _Settings = ctx.settings
     if grad_out is None:
         grad_out = torch.zeros_like(query)
-    grad_query, grad_key, grad_value, grad_alpha = _mixed_attention_backward(
+    grad_query, grad_key, grad_value, grad_key_mean, grad_alpha = _mixed_attention_backward(
         grad_out,
         grad_lse,
         query,
@@ -195,12 +210,20 @@ def _backward(
         lse,
         *settings,
     )
-    # What reaches key_mean through phi(K) is in grad_key.
+    grad_key_means = None
+    if grad_key_mean.numel():
+        # Each block weighs in the mean of all as many tokens as it holds.
+        length, block = key.shape[1], settings.block_k
+        before_last = num_blocks(length, block) - 1
+        share = (grad_key_mean * (block / length))[:, :, None]
+        last = share * ((length - before_last * block) / block)
+        grad_key_means = torch.cat([share.expand(-1, -1, before_last, -1), last], 2)
     return (
         grad_query,
         grad_key,
         grad_value,
-        *(None,) * 4,
+        grad_key_means,
+        *(None,) * 6,
         None if alpha is None else grad_alpha,
         *(None,) * 6,
     )
@@ -229,14 +252,15 @@ def mixed_attention(
     learning = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, plan.alpha)
     )
-    # That of a low-bit forward is of no use to the backward.
-    keep_lse = learning and options.sparse_dtype == "bf16"
     out, lse, _ = _mixed_attention(
         query,
         key,
         value,
+        statistics.key_means,
         statistics.key_mean,
         statistics.value_max,
+        statistics.low_query,
+        statistics.query_scale,
         plan.indices,
         plan.counts,
         plan.alpha,
@@ -244,7 +268,7 @@ def mixed_attention(
         options.block_k,
         options.sparse_dtype,
         options.phi_k,
-        need_lse or keep_lse,
+        need_lse or learning,
         learning,
     )
     return out, lse if need_lse else None

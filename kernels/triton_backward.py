@@ -1,14 +1,12 @@
 """Backward of SLA2 for hard selections: the sparse and the linear part put together.
 
-    key totals         phi(K), and the sums over all tokens that the linear branch subtracts from
-    linear, queries    dQ, dalpha; psi, the weighted query features
-    query totals       the same sums of psi and dO
-    linear, keys       dK, dV of the linear branch
+    key states         products phi(K)^T V of each key block and their sum over all
+    linear, queries    dQ, dalpha; the same products of weighted query features and dO
     sparse, queries    + dQ of the sparse branch; log-sum-exp and delta of each row
-    sparse, keys       + dK, dV of the sparse branch
+    keys               dK, dV of both branches
 
 Key blocks find the query blocks that selected them in inverted lists (`triton_inverse.py`). Nothing
-synchronises with the host, adds atomically, or holds a D x D state per query block in memory.
+synchronises with the host or adds atomically.
 """
 
 from __future__ import annotations
@@ -17,11 +15,10 @@ from torch import Tensor
 
 from sla_video.kernels.options import PhiK
 from sla_video.kernels.routing import num_blocks
+from sla_video.kernels.triton_backward_key import key_backward
 from sla_video.kernels.triton_backward_linear import linear_query_backward
-from sla_video.kernels.triton_backward_linear_key import linear_key_backward
 from sla_video.kernels.triton_backward_sparse import sparse_query_backward
-from sla_video.kernels.triton_backward_sparse_key import sparse_key_backward
-from sla_video.kernels.triton_backward_totals import key_totals, query_totals
+from sla_video.kernels.triton_backward_states import key_states
 from sla_video.kernels.triton_inverse import invert_selection
 from sla_video.kernels.triton_support import DTYPES, LARGEST_HEAD_DIM
 from sla_video.kernels.triton_tiles import launch_on
@@ -44,12 +41,11 @@ def sla2_backward(
     phi_k: PhiK,
     grad_lse: Tensor | None = None,
     exact_lse: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of `O = alpha O_s + (1 - alpha) O_l` and of its log-sum-exp, selection fixed.
 
     The gradient through alpha ends at alpha: what alpha was computed from, block means and learned
-    tensors, is left to autograd. The mean of the keys inside phi is accounted for here, so
-    `key_mean` needs no gradient.
+    tensors, is left to autograd, and so is the gradient through the mean of the keys inside phi.
 
     Args:
         grad_out: `[B, L, H, D]` in the dtype of query.
@@ -59,17 +55,19 @@ def sla2_backward(
         counts: `[B, H, M]` int32, how many entries of each row count; None when all do.
         alpha: `[B, H, M]` float32 mix weight; None when nothing is dropped anywhere.
         out_sparse: O_s `[B, L, H, D]` as it was mixed.
-        lse: `[B, H, L]` float32, log-sum-exp of the selected logits in terms of the keys as given.
+        lse: `[B, H, L]` float32, log-sum-exp of the selected logits in terms of the keys as given,
+            quantized where O_s is.
         block_q, block_k: tokens per query block and per key block, powers of two from 16 on.
         phi_k: whether phi was taken of smoothed or of raw keys.
         grad_lse: `[B, H, L]` float32, gradient of the log-sum-exp.
         exact_lse: False where the sparse branch was quantized. Its gradients are those of the
-            unquantized branch, so the log-sum-exp is computed anew; `out_sparse` only enters the
-            gradient of alpha.
+            unquantized branch, whose log-sum-exp and O_s are computed from `lse` and `out_sparse`,
+            which are near; the gradient of alpha takes `out_sparse` as it is.
 
     Returns:
-        gradients of query, key and value `[B, L, H, D]`, contiguous, in the dtype of query, and
-        of alpha, `[B, H, M]` float32 (None without alpha).
+        gradients of query, key and value `[B, L, H, D]`, contiguous, in the dtype of query, of
+        key_mean, `[B, H, D]` float32 (None without alpha and for raw features), and of alpha,
+        `[B, H, M]` float32 (None without alpha).
 
     Raises:
         ValueError: head dimension, dtype or block size that the kernels do not handle.
@@ -100,42 +98,23 @@ def sla2_backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     blocks = {"block_q": block_q, "block_k": block_k}
     grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
-    grad_alpha = key_shift = None
+    grad_alpha = query_states = None
+    mean = key_mean if phi_k == "smoothed" else None
     with launch_on(query):
-        inverse = invert_selection(indices, counts, num_blocks(query.shape[1], block_k))
         if alpha is not None:
             alpha = alpha.contiguous()
-            mean = key_mean if phi_k == "smoothed" else None
-            features, state, block_sums = key_totals(key, mean, value, block_k)
-            grad_alpha, psi, psi_sums = linear_query_backward(
+            states = key_states(key, mean, value, block_k)
+            grad_alpha, query_states = linear_query_backward(
                 grad_out,
                 query,
-                value,
-                features,
-                state,
-                block_sums,
+                states,
                 indices,
                 counts,
                 alpha,
                 out_sparse,
                 grad_query,
-                **blocks,
+                block_q=block_q,
             )
-            state = query_totals(psi, grad_out)
-            key_shift = linear_key_backward(
-                grad_out,
-                value,
-                features,
-                psi,
-                psi_sums,
-                state,
-                inverse,
-                grad_key,
-                grad_value,
-                **blocks,
-            )
-            # Every smoothed key has the mean of all subtracted.
-            key_shift = key_shift if phi_k == "smoothed" else None
         row_lse, row_delta = sparse_query_backward(
             grad_out,
             query,
@@ -152,19 +131,20 @@ def sla2_backward(
             add=alpha is not None,
             **blocks,
         )
-        sparse_key_backward(
+        grad_key_mean = key_backward(
             grad_out,
             query,
             key,
             value,
-            alpha,
             row_lse,
             row_delta,
-            inverse,
+            invert_selection(indices, counts, num_blocks(query.shape[1], block_k)),
+            query_states,
+            mean,
             grad_key,
             grad_value,
-            add=alpha is not None,
-            key_shift=key_shift,
             **blocks,
         )
-    return grad_query, grad_key, grad_value, grad_alpha
+    if grad_key_mean is not None:
+        grad_key_mean = None if mean is None else grad_key_mean[..., :head_dim]
+    return grad_query, grad_key, grad_value, grad_key_mean, grad_alpha

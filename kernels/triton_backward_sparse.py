@@ -3,12 +3,13 @@
 With S = Q K^T / sqrt(D) over the selected tokens, P = exp(S - lse), O_s = P V and the output
 O = alpha O_s + (1 - alpha) O_l, gradients dO of O and dlse of the log-sum-exp give
 
-    R = dO V^T      delta = alpha rowsum(dO * O_s) - dlse      dS = P * (alpha R - delta)
+    R = dO V^T      delta = rowsum(dO * O_s) - dlse / alpha      dS = alpha P * (R - delta)
     dQ = dS K / sqrt(D)      dK = dS^T Q / sqrt(D)      dV = alpha P^T dO
 
-(after FlashAttention-2, arXiv 2307.08691). The kernel here walks the key blocks of each query block
-for dQ; that of `triton_backward_sparse_key.py` the query blocks of each key block, for dK and dV.
-Both add to what the linear branch left in the gradients.
+(after FlashAttention-2, arXiv 2307.08691). alpha P = exp(S - lse + log alpha) costs nothing more
+than P. The kernel here walks the key blocks of each query block for dQ and adds to what the linear
+branch left there; that of `triton_backward_key.py` the query blocks of each key block, for dK and
+dV.
 
 Layouts: query, key, value, grad_out, out_sparse `[B, L, H, D]` with any strides but 1 in the last
 dimension; gradients `[B, L, H, D]` contiguous; lse, grad_lse `[B, H, L]`; alpha `[B, H, M]`;
@@ -27,6 +28,7 @@ from torch import Tensor
 from sla_video.kernels.triton_backward_tiles import (
     LOG2E,
     Launch,
+    Launches,
     batch_and_head,
     choose_launch,
     head_offset,
@@ -68,13 +70,15 @@ def _sparse_query_kernel(
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
-    EXACT_LSE: tl.constexpr,
+    EXACT: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """dQ of one tile of queries, and what the other kernel needs to know of each row.
 
-    Where the forward was quantized (not EXACT_LSE), the log-sum-exp and delta of the unquantized
-    branch are computed first. O_s is not needed for it: rowsum(dO * O_s) = rowsum(P * R).
+    Where the forward was quantized (not EXACT), its log-sum-exp and O_s are near those of the
+    unquantized branch, which come out of the same pass: with P' = exp(S - near lse),
+
+        exp(lse - near lse) = sum P'    delta - near delta = sum P' (R - near delta) / sum P'
     """
     tiles_q: tl.constexpr = BLOCK_Q // TILE_Q
     tiles_k: tl.constexpr = BLOCK_K // TILE_K
@@ -97,64 +101,68 @@ def _sparse_query_kernel(
     count = num_selected
     if counts_ptr is not None:
         count = tl.load(counts_ptr + block)
-    alpha = 1.0
+    alpha = tl.full([], 1.0, tl.float32)
     if alpha_ptr is not None:
         alpha = tl.load(alpha_ptr + block)
+        if grad_lse_ptr is not None:
+            # dlse / alpha stays finite; its product with alpha P is dlse P all the same.
+            alpha = tl.maximum(alpha, 1e-30)
 
     # [TILE_Q, D_PAD]
     query = load_rows(query_ptr, query_strides[1], rows_q, TILE_Q, D, D_PAD)
     grad_out = load_rows(grad_out_ptr, grad_strides[1], rows_q, TILE_Q, D, D_PAD)
-    if EXACT_LSE:
-        out_sparse_ptr += head_offset(out_strides, b, start_q, h)
-        out_sparse = load_rows(out_sparse_ptr, out_strides[1], rows_q, TILE_Q, D, D_PAD)
-        delta = alpha * tl.sum(grad_out.to(tl.float32) * out_sparse.to(tl.float32), 1)
-        # In powers of two, as the logits below.
-        lse = tl.load(lse_ptr + position, mask=mask_q, other=0.0) * LOG2E
-    else:
-        largest = tl.full([TILE_Q], float("-inf"), tl.float32)
-        total = tl.zeros([TILE_Q], tl.float32)
-        delta = tl.zeros([TILE_Q], tl.float32)
-        for step in range(0, count * tiles_k):
-            _, start, rows = listed_tile(indices_ptr, step, length, BLOCK_K, TILE_K)
-            key_tile_ptr = key_ptr + start * key_strides[1]
-            key = load_rows(key_tile_ptr, key_strides[1], rows, TILE_K, D, D_PAD)
-            value_tile_ptr = value_ptr + start * value_strides[1]
-            value = load_rows(value_tile_ptr, value_strides[1], rows, TILE_K, D, D_PAD)
-            # [TILE_Q, TILE_K]
-            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
-            logits = tl.where((offs_k < rows)[None, :], logits, float("-inf"))
-            along = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-            # The first tile of a block has at least one token, so this is finite.
-            bigger = tl.maximum(largest, tl.max(logits, 1))
-            weights = tl.exp2(logits - bigger[:, None])
-            shrink = tl.exp2(largest - bigger)
-            total = total * shrink + tl.sum(weights, 1)
-            delta = delta * shrink + tl.sum(weights * along, 1)
-            largest = bigger
-        lse = largest + tl.log2(total)
-        delta = alpha * delta / total
+    out_sparse_ptr += head_offset(out_strides, b, start_q, h)
+    out_sparse = load_rows(out_sparse_ptr, out_strides[1], rows_q, TILE_Q, D, D_PAD)
+    delta = tl.sum(grad_out.to(tl.float32) * out_sparse.to(tl.float32), 1)
+    # In powers of two, as the logits below.
+    lse = tl.load(lse_ptr + position, mask=mask_q, other=0.0) * LOG2E
+    further = tl.zeros([TILE_Q], tl.float32)
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + position, mask=mask_q, other=0.0)
-    # In whole blocks, which the other kernel reads without a mask. A query that does not exist has
-    # log-sum-exp and delta of zero rows, finite, and adds nothing since q = dO = 0.
-    row = bh * num_q * BLOCK_Q + start_q + offs_q
-    tl.store(row_lse_ptr + row, lse)
-    tl.store(row_delta_ptr + row, delta)
+        further -= tl.load(grad_lse_ptr + position, mask=mask_q, other=0.0) / alpha
+    if EXACT:
+        delta += further
+        if alpha_ptr is not None:
+            lse -= tl.log2(alpha)
 
+    # Powers that P' in the dtype of the inputs holds; beyond them the forward was not near.
+    largest: tl.constexpr = 15.0 if query_ptr.dtype.element_ty == tl.float16 else 100.0
+    total = tl.zeros([TILE_Q], tl.float32)
+    shift = tl.zeros([TILE_Q], tl.float32)
     grad_query = tl.zeros([TILE_Q, D_PAD], tl.float32)
+    weighted_key = tl.zeros([TILE_Q, D_PAD], tl.float32)
     for step in range(0, count * tiles_k):
-        _, start, rows = listed_tile(indices_ptr, step, length, BLOCK_K, TILE_K)
+        start, rows = listed_tile(indices_ptr, step, length, BLOCK_K, TILE_K)
         key_tile_ptr = key_ptr + start * key_strides[1]
         key = load_rows(key_tile_ptr, key_strides[1], rows, TILE_K, D, D_PAD)
         value_tile_ptr = value_ptr + start * value_strides[1]
         value = load_rows(value_tile_ptr, value_strides[1], rows, TILE_K, D, D_PAD)
         # [TILE_Q, TILE_K]
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
-        # A key that does not exist has logit 0, which may exceed lse by more than exp2 can hold.
-        weights = tl.where((offs_k < rows)[None, :], tl.exp2(logits - lse[:, None]), 0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
         along = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-        grad_logits = weights * (alpha * along - delta[:, None])
+        powers = logits * (scale * LOG2E) - lse[:, None]
+        if not EXACT:
+            powers = tl.minimum(powers, largest)
+        # A key that does not exist has logit 0, which may exceed lse by more than exp2 can hold.
+        weights = tl.where((offs_k < rows)[None, :], tl.exp2(powers), 0.0)
+        grad_logits = weights * (along - delta[:, None])
         grad_query = tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision="ieee")
+        if not EXACT:
+            total += tl.sum(weights, 1)
+            shift += tl.sum(grad_logits, 1)
+            weights = weights.to(key.dtype)
+            weighted_key = tl.dot(weights, key, weighted_key, input_precision="ieee")
+
+    if not EXACT:
+        total = tl.maximum(total, 1e-30)
+        shift = shift / total + further
+        grad_query = (grad_query - shift[:, None] * weighted_key) * (alpha / total)[:, None]
+        lse += tl.log2(total) - tl.log2(alpha)
+        delta += shift
+    # In whole blocks, which the other kernel reads without a mask. A query that does not exist adds
+    # nothing there since q = dO = 0.
+    row = bh * num_q * BLOCK_Q + start_q + offs_q
+    tl.store(row_lse_ptr + row, lse)
+    tl.store(row_delta_ptr + row, delta)
 
     grad_query *= scale
     grad_query_ptr += packed_offset(b, start_q, h, length, heads, D)
@@ -164,13 +172,21 @@ def _sparse_query_kernel(
     store_rows(grad_query_ptr, heads * D, grad_query, rows_q, TILE_Q, D, D_PAD)
 
 
-# (bytes per element > 2, large shared memory) -> launch.
-_LAUNCHES = {
-    (False, True): Launch(128, 64, 8, 3),
-    (False, False): Launch(64, 64, 4, 2),
-    (True, True): Launch(32, 32, 4, 1),
-    (True, False): Launch(16, 32, 4, 1),
-}
+_LAUNCHES = Launches(
+    narrow=Launch(128, 64, 8, 3, max_registers=128),
+    broad=Launch(128, 64, 8, 3),
+    small=Launch(64, 64, 4, 2),
+    float32=Launch(32, 32, 4, 1),
+    float32_small=Launch(16, 32, 4, 1),
+)
+# With a second sum as large as dQ, where the forward was quantized.
+_LAUNCHES_NEAR = Launches(
+    narrow=Launch(128, 32, 8, 3, max_registers=128),
+    broad=Launch(128, 64, 8, 2),
+    small=Launch(64, 32, 4, 2),
+    float32=Launch(16, 32, 4, 1),
+    float32_small=Launch(16, 16, 4, 1),
+)
 
 
 def sparse_query_backward(
@@ -197,14 +213,14 @@ def sparse_query_backward(
         grad_query: `[B, L, H, D]` contiguous, written in place; with `add`, added to.
 
     Returns:
-        for each query, in whole blocks `[B, H, M * block_q]`: the exact log-sum-exp in powers of
-        two, and delta.
+        for each query, in whole blocks `[B, H, M * block_q]`: the exact log-sum-exp less
+        log alpha, in powers of two, and delta.
     """
     batch, length, heads, head_dim = query.shape
     num_q, num_selected = indices.shape[-2:]
     row_lse = torch.empty(batch, heads, num_q * block_q, dtype=torch.float32, device=query.device)
     row_delta = torch.empty_like(row_lse)
-    launch = choose_launch(_LAUNCHES, query)
+    launch = choose_launch(_LAUNCHES if exact_lse else _LAUNCHES_NEAR, query)
     tile_q = min(block_q, launch.tile_q)
     _sparse_query_kernel[(num_q * (block_q // tile_q), batch * heads)](
         query_ptr=query,
@@ -236,9 +252,8 @@ def sparse_query_backward(
         BLOCK_K=block_k,
         TILE_Q=tile_q,
         TILE_K=min(block_k, launch.tile_k),
-        EXACT_LSE=exact_lse,
+        EXACT=exact_lse,
         ADD=add,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.keywords(),
     )
     return row_lse, row_delta

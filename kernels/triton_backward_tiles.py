@@ -8,14 +8,13 @@ Offsets into tensors are int64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from sla_video.kernels.triton_tiles import capability
+from sla_video.kernels.triton_tiles import capability, padded_dim
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Compute capabilities with 160 KiB and more of shared memory per program; others have about 99 KiB.
@@ -51,11 +50,11 @@ def rows_left(start, length):
 
 @triton.jit
 def listed_tile(list_ptr, step, length, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Tile `step` of the blocks in a list: its block, its first token, tokens from there on."""
+    """Tile `step` of the blocks in a list: its first token, tokens from there on."""
     tiles: tl.constexpr = BLOCK // TILE
     block = tl.load(list_ptr + step // tiles)
     start = block.to(tl.int64) * BLOCK + (step % tiles) * TILE
-    return block, start, rows_left(start, length)
+    return start, rows_left(start, length)
 
 
 @triton.jit
@@ -74,17 +73,51 @@ def as_operand(x, dtype: tl.constexpr):
 
 
 class Launch(NamedTuple):
-    """How to run one kernel: most tokens per tile, warps per program, depth of the pipeline."""
+    """How to run one kernel: most tokens per tile, warps per program, depth of the pipeline.
+
+    `max_registers` per thread, where more programs at once pay.
+    """
 
     tile_q: int
     tile_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def keywords(self) -> dict[str, int | None]:
+        """What Triton wants to know at a launch."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
 
 
-def choose_launch(table: Mapping[tuple[bool, bool], Launch], x: torch.Tensor) -> Launch:
-    """Entry of (more than two bytes per element, large shared memory) for a tensor like x."""
-    return table[x.element_size() > 2, _has_large_shared_memory(x.device)]
+class Launches(NamedTuple):
+    """How to run one kernel on tensors of two bytes per element, and of more.
+
+    Attributes:
+        narrow: head dimensions up to 64, with 160 KiB of shared memory and more.
+        broad: larger ones, with as much.
+        small: less shared memory.
+        float32, float32_small: more than two bytes per element; with less shared memory.
+    """
+
+    narrow: Launch
+    broad: Launch
+    small: Launch
+    float32: Launch
+    float32_small: Launch
+
+
+def choose_launch(launches: Launches, x: torch.Tensor) -> Launch:
+    """The launch for a tensor like x `[B, L, H, D]`."""
+    large = _has_large_shared_memory(x.device)
+    if x.element_size() > 2:
+        return launches.float32 if large else launches.float32_small
+    if not large:
+        return launches.small
+    return launches.narrow if padded_dim(x.shape[-1]) <= 64 else launches.broad
 
 
 def _has_large_shared_memory(device: torch.device) -> bool:

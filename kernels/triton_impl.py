@@ -1,8 +1,8 @@
 """SLA2 with Triton kernels, for NVIDIA GPUs of compute capability 8.0 and newer.
 
-    triton_statistics   block means of Q and K, largest magnitudes of V
+    triton_statistics   block means of Q and K, largest magnitudes of V, low-bit Q
     triton_routing      scores, selected blocks, alpha
-    triton_prepare      low-bit K and V, features, totals
+    triton_prepare      low-bit K and V, features; triton_totals: their sums over all blocks
     triton_sparse       O_s and its log-sum-exp
     triton_linear       O = alpha O_s + (1 - alpha) O_l
     triton_autograd     the last three and their gradients, `triton_backward`, as one operator
@@ -56,6 +56,7 @@ def sla2_triton(
         block_q=block_q,
         block_k=block_k,
         need_value_max=options.sparse_dtype in ("int8_fp8", "int8_int8"),
+        need_low_query=options.sparse_dtype != "bf16",
     )
     plan = plan_blocks(
         statistics.query_means,

@@ -8,13 +8,16 @@
 One program owns one query block of one head. The states A_m stay in registers and are never
 written: summing the few selected blocks and subtracting them from the total costs one matrix
 product per selected block, and no softmax. Total and products use the same rounded features and
-values and float32 sums, so what cancels is exact up to float32 rounding. A row whose dropped blocks
-hold less than 2^-20 of its features' weight, where that rounding would show, has its denominator
+values and float32 sums, so what cancels is exact up to float32 rounding. Not so with features in
+FP8: the few selected blocks have its error, the total has not. A row whose dropped blocks hold less
+than 2^-20 of its features' weight (2^-10 in FP8), where rounding would show, has its denominator
 held there: its linear part fades to zero instead of to noise.
 
-Features come from `triton_prepare` (FEATURES="value", or "fp8" in the transposed layout that FP8
-matrix units want) or are recomputed from K here ("recomputed"): less memory, more exponentials.
-Layouts as in `triton_prepare`. Hardware: compute capability 8.0; FP8 features 8.9.
+What a program reads per block, features and values, bounds its time, not what it computes: that is
+why features in FP8 pay. They come from `triton_prepare` (FEATURES="value", or "fp8" in the
+transposed layout that FP8 matrix units want) or are recomputed from K here ("recomputed"): less
+memory, more exponentials. Layouts as in `triton_prepare`. Hardware: compute capability 8.0; FP8
+features 8.9.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -50,8 +53,7 @@ def _linear_mix_kernel(
     key_mean_ptr,
     features_ptr,
     feature_sums_ptr,
-    total_ptr,
-    total_features_ptr,
+    totals_ptr,
     value_scale_ptr,
     indices_ptr,
     counts_ptr,
@@ -81,10 +83,12 @@ def _linear_mix_kernel(
     D_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
     FEATURES: tl.constexpr,
     SMOOTH_FEATURES: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
 ):
+    """Queries are mixed TILE_Q at a time, which bounds registers."""
     m = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
@@ -111,6 +115,8 @@ def _linear_mix_kernel(
     count = num_selected
     if HAS_COUNTS:
         count = tl.load(counts_ptr + row)
+    # Without a way around the loop, its matrix products need not wait for each other.
+    tl.assume(count > 0)
     state = tl.zeros([D_PAD, D_PAD], tl.float32)
     weight = tl.zeros([D_PAD], tl.float32)
     for i in range(0, count):
@@ -133,34 +139,37 @@ def _linear_mix_kernel(
                 phi = tl.load(features_base_ptr + n * (BLOCK_K * D_PAD) + tile)
             state = tl.dot(tl.trans(phi), value, state, input_precision="tf32x3")
 
-    total_base_ptr = total_ptr + bh.to(tl.int64) * (D_PAD * D_PAD)
-    state = tl.load(total_base_ptr + offs_d[:, None] * D_PAD + offs_d[None, :]) - state
-    total_weight = tl.load(total_features_ptr + bh * D_PAD + offs_d)
+    totals_base_ptr = totals_ptr + bh.to(tl.int64) * ((D_PAD + 1) * D_PAD)
+    if FEATURES == "fp8":
+        value_scale = tl.load(value_scale_ptr + bh * D_PAD + offs_d)
+        state = state * (value_scale * (1.0 / 448.0))[None, :]
+    state = tl.load(totals_base_ptr + offs_d[:, None] * D_PAD + offs_d[None, :]) - state
+    total_weight = tl.load(totals_base_ptr + D_PAD * D_PAD + offs_d)
     weight = total_weight - weight
     # Entries of the state are below the largest weight times |v|: no overflow in float16.
     unit = 1.0 / tl.maximum(tl.max(weight, 0), 1e-20)
     state = (state * unit).to(query_ptr.dtype.element_ty)
-
-    start_q = m.to(tl.int64) * BLOCK_Q
-    rows_q = length - m * BLOCK_Q
-    query_base_ptr = query_ptr + b * stride_qb + h * stride_qh + start_q * stride_ql
-    query = load_rows(query_base_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
-    phi_q = row_softmax(query.to(tl.float32), D, D_PAD)
-    floor = tl.sum(phi_q * total_weight[None, :], 1) * 9.5367431640625e-07
-    divisor = tl.maximum(tl.sum(phi_q * weight[None, :], 1), floor)
-    # For float32, split operands would not fit into shared memory here.
-    linear = tl.dot(phi_q.to(query.dtype), state, input_precision="ieee")
-    linear = linear * (1.0 / (divisor * unit))[:, None]
-    if FEATURES == "fp8":
-        linear = linear * tl.load(value_scale_ptr + bh * D_PAD + offs_d)[None, :]
-
-    sparse_base_ptr = sparse_ptr + b * stride_sb + h * stride_sh + start_q * stride_sl
-    sparse = load_rows(sparse_base_ptr, stride_sl, rows_q, BLOCK_Q, D, D_PAD).to(tl.float32)
+    LEAST: tl.constexpr = 0.0009765625 if FEATURES == "fp8" else 9.5367431640625e-07
     alpha = tl.load(alpha_ptr + row)
-    # A row that drops nothing has no linear part: what is computed for it above is noise.
-    out = tl.where(count < num_k, alpha * sparse + (1.0 - alpha) * linear, sparse)
-    out_base_ptr = out_ptr + b * stride_ob + h * stride_oh + start_q * stride_ol
-    store_rows(out_base_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
+
+    for offset in tl.static_range(0, BLOCK_Q, TILE_Q):
+        rows_q = length - m * BLOCK_Q - offset
+        start_q = m.to(tl.int64) * BLOCK_Q + offset
+        query_base_ptr = query_ptr + b * stride_qb + h * stride_qh + start_q * stride_ql
+        query = load_rows(query_base_ptr, stride_ql, rows_q, TILE_Q, D, D_PAD)
+        phi_q = row_softmax(query.to(tl.float32), D, D_PAD)
+        floor = tl.sum(phi_q * total_weight[None, :], 1) * LEAST
+        divisor = tl.maximum(tl.sum(phi_q * weight[None, :], 1), floor)
+        # For float32, split operands would not fit into shared memory here.
+        linear = tl.dot(phi_q.to(query.dtype), state, input_precision="ieee")
+        linear = linear * (1.0 / (divisor * unit))[:, None]
+
+        sparse_base_ptr = sparse_ptr + b * stride_sb + h * stride_sh + start_q * stride_sl
+        sparse = load_rows(sparse_base_ptr, stride_sl, rows_q, TILE_Q, D, D_PAD).to(tl.float32)
+        # A row that drops nothing has no linear part: what is computed for it above is noise.
+        out = tl.where(count < num_k, alpha * sparse + (1.0 - alpha) * linear, sparse)
+        out_base_ptr = out_ptr + b * stride_ob + h * stride_oh + start_q * stride_ol
+        store_rows(out_base_ptr, stride_ol, out, rows_q, TILE_Q, D, D_PAD)
 
 
 def _config(query: Tensor, pad: int) -> LaunchConfig:
@@ -169,8 +178,9 @@ def _config(query: Tensor, pad: int) -> LaunchConfig:
     if pad < 128:
         return LaunchConfig(4, 3)
     if capability(query.device)[0] == 9:
-        # Two programs share a multiprocessor; the few registers spilled are not of the loop.
-        return LaunchConfig(8, 3, max_registers=128)
+        # Two programs share a multiprocessor, nothing is spilled in the loop, and blocks are
+        # fetched two steps ahead: of the stages, half go to the indices.
+        return LaunchConfig(8, 5, max_registers=128)
     return LaunchConfig(8, 2)
 
 
@@ -208,7 +218,7 @@ def linear_forward_mix(
     """
     batch, length, heads, head_dim = query.shape
     pad = padded_dim(head_dim)
-    assert operands.total is not None, "operands were prepared without features"
+    assert operands.totals is not None, "operands were prepared without features"
     stored = operands.features
     fp8 = stored is not None and stored.dtype == torch.float8_e4m3fn
     features = "recomputed" if stored is None else "fp8" if fp8 else "value"
@@ -223,8 +233,7 @@ def linear_forward_mix(
             key_mean.contiguous(),
             stored,
             operands.feature_sums,
-            operands.total,
-            operands.total_features,
+            operands.totals,
             operands.value_scale,
             indices.contiguous(),
             None if counts is None else counts.contiguous(),
@@ -244,6 +253,7 @@ def linear_forward_mix(
             D_PAD=pad,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
+            TILE_Q=min(block_q, 64),
             FEATURES=features,
             SMOOTH_FEATURES=phi_k == "smoothed",
             HAS_COUNTS=counts is not None,

@@ -6,15 +6,13 @@ Writes what the sparse and linear kernels visit block by block:
     low_values[n]   = V[n]^T / s_d                FP8 E4M3 or INT8, one scale per channel
     features[n]     = phi(Ks[n]) or phi(K[n])     softmax over D
     feature_sums[n] = sum_j phi(k_j)
-    total           = sum_n features[n]^T V[n]    and total_features = sum_n feature_sums[n]
 
-Layouts: inputs are `[B, L, H, D]` with any strides but 1 along D, read once. What is written is
-`[B, H, N, ...]`, one contiguous tile per key block, rows padded with zeros to whole blocks and D to
-`padded_dim(D)`, so that later kernels need no masks to load it. V is stored transposed,
-`[D, block_k]`, because the FP8 matrix units of Hopper and Ada take both operands only with the
-summed dimension contiguous; so are features in FP8. Totals are summed per chunk of blocks, then
-over chunks: nothing is atomic, equal inputs give equal bits. Hardware: compute capability 8.0; FP8
-8.9.
+and, in `triton_totals`, the sums of the last two over all blocks. Layouts: inputs are
+`[B, L, H, D]` with any strides but 1 along D, read once. What is written is `[B, H, N, ...]`, one
+contiguous tile per key block, rows padded with zeros to whole blocks and D to `padded_dim(D)`, so
+that later kernels need no masks to load it. V is stored transposed, `[D, block_k]`, because the FP8
+matrix units of Hopper and Ada take both operands only with the summed dimension contiguous; so are
+features in FP8. Keys stand in `matrix_order` there. Hardware: compute capability 8.0; FP8 8.9.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -31,19 +29,17 @@ from torch import Tensor
 from sla_video.kernels.options import PhiK, SparseDtype
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_tiles import (
+    LaunchConfig,
     launch_on,
-    load_rows,
+    matrix_order,
     padded_dim,
     quantization_scale,
     round_to_int8,
-    row_softmax,
     strides,
 )
+from sla_video.kernels.triton_totals import feature_totals
 
 FeatureStorage = Literal["value", "fp8", "none"]
-
-# Programs that share the totals of all heads: a few waves on the largest GPUs.
-_TOTAL_PROGRAMS = 512
 
 
 class KeyOperands(NamedTuple):
@@ -51,11 +47,13 @@ class KeyOperands(NamedTuple):
 
     Attributes:
         low_keys, key_scale: INT8 `[B, H, N, block_k, P]` and its scales `[B, H, N]`.
-        low_values, value_scale: FP8 or INT8 `[B, H, N, P, block_k]`, its scales `[B, H, P]`.
+        low_values, value_scale: FP8 or INT8 `[B, H, N, P, block_k]`, keys in `matrix_order`, and
+            its scales `[B, H, P]`.
         features: `[B, H, N, block_k, P]` in the dtype of V, or FP8 `[B, H, N, P, block_k]`, then
             448 times too large and paired with `low_values`; None if they are to be recomputed.
         feature_sums: `[B, H, N, P]`.
-        total, total_features: `[B, H, P, P]`, `[B, H, P]`, in units of the operands.
+        totals: `[B, H, P + 1, P]`, the sum of features^T V over all keys and, in the last row, that
+            of the features; of the rounded features unless they are in FP8.
     """
 
     low_keys: Tensor | None = None
@@ -64,11 +62,20 @@ class KeyOperands(NamedTuple):
     value_scale: Tensor | None = None
     features: Tensor | None = None
     feature_sums: Tensor | None = None
-    total: Tensor | None = None
-    total_features: Tensor | None = None
+    totals: Tensor | None = None
 
 
-@triton.jit(do_not_specialize=["length", "num_k", "chunk", "num_chunks"])
+@triton.jit
+def _transposed(x, BLOCK_K: tl.constexpr, D_PAD: tl.constexpr):
+    """Tile `[D_PAD, BLOCK_K]` of x `[BLOCK_K, D_PAD]`, position 4 i + j from row j BLOCK_K / 4 + i.
+
+    A thread has loaded the four rows of one i: it moves four bytes at a time, not single ones.
+    """
+    x = tl.permute(tl.reshape(x, (4, BLOCK_K // 4, D_PAD)), (2, 1, 0))
+    return tl.reshape(x, (D_PAD, BLOCK_K))
+
+
+@triton.jit(do_not_specialize=["length", "num_k"])
 def _prepare_keys_kernel(
     key_ptr,
     value_ptr,
@@ -80,7 +87,6 @@ def _prepare_keys_kernel(
     value_scale_ptr,
     features_ptr,
     feature_sums_ptr,
-    partial_total_ptr,
     stride_kb,
     stride_kl,
     stride_kh,
@@ -90,8 +96,6 @@ def _prepare_keys_kernel(
     heads,
     length,
     num_k,
-    chunk,
-    num_chunks,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -100,77 +104,79 @@ def _prepare_keys_kernel(
     FEATURE_STORAGE: tl.constexpr,
     SMOOTH_FEATURES: tl.constexpr,
 ):
-    """One program per chunk of key blocks."""
-    c = tl.program_id(0)
+    """One program per key block."""
+    n = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
     h = bh % heads
-    first_block = bh.to(tl.int64) * num_k
+    block = bh.to(tl.int64) * num_k + n
+    LOW_VALUES: tl.constexpr = SPARSE_DTYPE == "int8_fp8" or SPARSE_DTYPE == "int8_int8"
     offs_d = tl.arange(0, D_PAD)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_d = offs_d < D
+    # Rows of K and V are read in the order that `_transposed` wants.
+    position = tl.arange(0, BLOCK_K)
+    offs_k = matrix_order(position % (BLOCK_K // 4) * 4 + position // (BLOCK_K // 4))
+    rows = length - n * BLOCK_K
+    mask_k = (offs_k < rows)[:, None]
+    mask = mask_k & mask_d[None, :] if D < D_PAD else mask_k
     # Tiles [BLOCK_K, D_PAD] and transposed [D_PAD, BLOCK_K], both contiguous.
     tile = offs_k[:, None] * D_PAD + offs_d[None, :]
-    tile_t = offs_d[:, None] * BLOCK_K + offs_k[None, :]
-    LOW_VALUES: tl.constexpr = SPARSE_DTYPE == "int8_fp8" or SPARSE_DTYPE == "int8_int8"
+    tile_t = offs_d[:, None] * BLOCK_K + position[None, :]
+    first = block * (BLOCK_K * D_PAD)
 
-    # Features in FP8 use its whole range.
-    FEATURE_UNIT: tl.constexpr = 448.0 if FEATURE_STORAGE == "fp8" else 1.0
+    start = n.to(tl.int64) * BLOCK_K
+    key_base_ptr = key_ptr + b * stride_kb + h * stride_kh + start * stride_kl
+    key = tl.load(
+        key_base_ptr + offs_k[:, None] * stride_kl + offs_d[None, :], mask=mask, other=0.0
+    )
+    if LOW_VALUES:
+        value_base_ptr = value_ptr + b * stride_vb + h * stride_vh + start * stride_vl
+        value = tl.load(
+            value_base_ptr + offs_k[:, None] * stride_vl + offs_d[None, :], mask=mask, other=0.0
+        )
+        value_max = tl.load(value_max_ptr + bh * D + offs_d, mask=mask_d, other=0.0)
+        LARGEST: tl.constexpr = 448.0 if SPARSE_DTYPE == "int8_fp8" else 127.0
+        value_scale = quantization_scale(value_max, LARGEST)
+        if n == 0:
+            tl.store(value_scale_ptr + bh * D_PAD + offs_d, value_scale)
 
     mean = tl.load(key_mean_ptr + bh * D + offs_d, mask=mask_d, other=0.0)
+    key = key.to(tl.float32)
+    smooth = key - mean[None, :]
+    if rows < BLOCK_K:
+        smooth = tl.where(mask_k, smooth, 0.0)
+    if SPARSE_DTYPE != "bf16":
+        key_scale = quantization_scale(tl.max(tl.abs(smooth)), 127.0)
+        tl.store(key_scale_ptr + block, key_scale)
+        tl.store(low_keys_ptr + first + tile, round_to_int8(smooth * (1.0 / key_scale)))
     if LOW_VALUES:
-        value_max = tl.load(value_max_ptr + bh * D + offs_d, mask=mask_d, other=0.0)
-        value_scale = quantization_scale(value_max, 448.0 if SPARSE_DTYPE == "int8_fp8" else 127.0)
-        if c == 0:
-            tl.store(value_scale_ptr + bh * D_PAD + offs_d, value_scale)
+        scaled = value.to(tl.float32) * (1.0 / value_scale)[None, :]
+        # The conversion to FP8 saturates, so rounding of the scale does no harm.
+        low = scaled.to(tl.float8e4nv) if SPARSE_DTYPE == "int8_fp8" else round_to_int8(scaled)
+        tl.store(low_values_ptr + first + tile_t, _transposed(low, BLOCK_K, D_PAD))
     if NEED_FEATURES:
-        total = tl.zeros([D_PAD, D_PAD], tl.float32)
-
-    for n in range(c * chunk, tl.minimum((c + 1) * chunk, num_k)):
-        start = tl.cast(n, tl.int64) * BLOCK_K
-        rows = length - n * BLOCK_K
-        mask_k = (offs_k < rows)[:, None]
-        key_base_ptr = key_ptr + b * stride_kb + h * stride_kh + start * stride_kl
-        key = load_rows(key_base_ptr, stride_kl, rows, BLOCK_K, D, D_PAD).to(tl.float32)
-        smooth = tl.where(mask_k, key - mean[None, :], 0.0)
-        if SPARSE_DTYPE != "bf16":
-            key_scale = quantization_scale(tl.max(tl.abs(smooth)), 127.0)
-            tl.store(key_scale_ptr + first_block + n, key_scale)
-            low_base_ptr = low_keys_ptr + (first_block + n) * (BLOCK_K * D_PAD)
-            tl.store(low_base_ptr + tile, round_to_int8(smooth * (1.0 / key_scale)))
-        if LOW_VALUES or NEED_FEATURES:
-            value_base_ptr = value_ptr + b * stride_vb + h * stride_vh + start * stride_vl
-            value = load_rows(value_base_ptr, stride_vl, rows, BLOCK_K, D, D_PAD)
-        if LOW_VALUES:
-            scaled = value.to(tl.float32) * (1.0 / value_scale)[None, :]
-            if SPARSE_DTYPE == "int8_fp8":
-                low = tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)
-            else:
-                low = round_to_int8(scaled)
-            low_base_ptr = low_values_ptr + (first_block + n) * (BLOCK_K * D_PAD)
-            tl.store(low_base_ptr + tile_t, tl.trans(low))
-        if NEED_FEATURES:
-            phi = row_softmax(smooth if SMOOTH_FEATURES else key, D, D_PAD)
+        x = smooth if SMOOTH_FEATURES else key
+        if D < D_PAD:
+            x = tl.where(mask_d[None, :], x, float("-inf"))
+        top = tl.max(x, 1) * 1.4426950408889634
+        phi = tl.exp2(x * 1.4426950408889634 - top[:, None])
+        phi = phi * (1.0 / tl.sum(phi, 1))[:, None]
+        if rows < BLOCK_K:
             phi = tl.where(mask_k, phi, 0.0)
-            sums_ptr = feature_sums_ptr + (first_block + n) * D_PAD
-            tl.store(sums_ptr + offs_d, tl.sum(phi, 0) * FEATURE_UNIT)
-            if FEATURE_STORAGE == "fp8":
-                low_phi = (phi * FEATURE_UNIT).to(tl.float8e4nv)
-                features_base_ptr = features_ptr + (first_block + n) * (BLOCK_K * D_PAD)
-                tl.store(features_base_ptr + tile_t, tl.trans(low_phi))
-                # The same numbers in a dtype that any matrix unit multiplies in any layout.
-                phi = low_phi.to(tl.bfloat16)
-                value = low.to(tl.bfloat16)
-            else:
-                phi = phi.to(value.dtype)
-                if FEATURE_STORAGE == "value":
-                    features_base_ptr = features_ptr + (first_block + n) * (BLOCK_K * D_PAD)
-                    tl.store(features_base_ptr + tile, phi)
-            total = tl.dot(tl.trans(phi), value, total, input_precision="tf32x3")
+        if FEATURE_STORAGE == "fp8":
+            # The whole range of FP8 is used.
+            low = _transposed((phi * 448.0).to(tl.float8e4nv), BLOCK_K, D_PAD)
+            tl.store(features_ptr + first + tile_t, low)
+        elif FEATURE_STORAGE == "value":
+            tl.store(features_ptr + first + tile, phi.to(features_ptr.dtype.element_ty))
+        tl.store(feature_sums_ptr + block * D_PAD + offs_d, tl.sum(phi, 0))
 
-    if NEED_FEATURES:
-        partial_ptr = partial_total_ptr + (bh.to(tl.int64) * num_chunks + c) * (D_PAD * D_PAD)
-        tl.store(partial_ptr + offs_d[:, None] * D_PAD + offs_d[None, :], total)
+
+def _config(block_k: int, pad: int) -> LaunchConfig:
+    if pad < 128:
+        return LaunchConfig(4, 2)
+    # Without spills, three programs share a multiprocessor.
+    return LaunchConfig(8, 2, max_registers=80 if block_k <= 64 else None)
 
 
 def prepare_keys(
@@ -183,7 +189,7 @@ def prepare_keys(
     sparse_dtype: SparseDtype,
     phi_k: PhiK,
     need_features: bool,
-    feature_storage: FeatureStorage = "value",
+    feature_storage: FeatureStorage | None = None,
 ) -> KeyOperands:
     """Pass 2 over key, value `[B, L, H, D]`, each contiguous along D.
 
@@ -191,17 +197,17 @@ def prepare_keys(
         key_mean, value_max: of `block_statistics`; value_max only for a low-bit P V.
         need_features: whether a linear branch will follow.
         feature_storage: `"value"` stores features in the dtype of V; `"fp8"`, for `"int8_fp8"`
-            only, in E4M3; `"none"` leaves it to the linear kernel to compute them again.
+            only and there the default, in E4M3, which halves what the linear kernel reads; `"none"`
+            leaves it to the linear kernel to compute them again.
     """
     low_keys = sparse_dtype != "bf16"
     low_values = sparse_dtype in ("int8_fp8", "int8_int8")
     if not (low_keys or need_features):
         return KeyOperands()
+    if feature_storage is None:
+        feature_storage = "fp8" if sparse_dtype == "int8_fp8" else "value"
     batch, length, heads, head_dim = key.shape
     num_k, pad = num_blocks(length, block_k), padded_dim(head_dim)
-    num_chunks = max(1, min(num_k, _TOTAL_PROGRAMS // (batch * heads)))
-    chunk = -(-num_k // num_chunks)
-    num_chunks = -(-num_k // chunk)
     fp8 = torch.float8_e4m3fn
 
     def buffer(wanted: bool, dtype: torch.dtype, *shape: int) -> Tensor | None:
@@ -223,9 +229,8 @@ def prepare_keys(
         features=features,
         feature_sums=buffer(need_features, torch.float32, num_k, pad),
     )
-    partial_total = buffer(need_features, torch.float32, num_chunks, pad, pad)
     with launch_on(key):
-        _prepare_keys_kernel[(num_chunks, batch * heads)](
+        _prepare_keys_kernel[(num_k, batch * heads)](
             key,
             value,
             key_mean,
@@ -236,14 +241,11 @@ def prepare_keys(
             operands.value_scale,
             operands.features,
             operands.feature_sums,
-            partial_total,
             *strides(key),
             *strides(value),
             heads,
             length,
             num_k,
-            chunk,
-            num_chunks,
             D=head_dim,
             D_PAD=pad,
             BLOCK_K=block_k,
@@ -251,11 +253,16 @@ def prepare_keys(
             NEED_FEATURES=need_features,
             FEATURE_STORAGE=feature_storage,
             SMOOTH_FEATURES=phi_k == "smoothed",
-            num_warps=8 if pad == 128 else 4,
-            num_stages=2,
+            **_config(block_k, pad).keywords(),
         )
-    if partial_total is None or operands.feature_sums is None:
+    if operands.feature_sums is None:
         return operands
-    return operands._replace(
-        total=partial_total.sum(2), total_features=operands.feature_sums.sum(2)
+    totals = feature_totals(
+        key,
+        value,
+        key_mean if phi_k == "smoothed" else None,
+        None if feature_storage == "fp8" else operands.features,
+        operands.feature_sums,
+        block_k=block_k,
     )
+    return operands._replace(totals=totals)

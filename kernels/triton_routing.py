@@ -6,10 +6,10 @@ blocks and the logit of the softmax mass they hold:
 
     logit(p_m) = LSE_{n in sel(m)}(s_mn + log c_n) - LSE_{n not in sel(m)}(s_mn + log c_n)
 
-One program owns one row and keeps it in registers. The bits of floats of one sign sort as integers
-do, so 32 counts, one per bit from the top, find the K-th largest score exactly; equal scores
-are taken from the left. Lists are ascending: programs that run at the same time then walk the keys
-in the same order, and a shorter last block comes last.
+One program owns one row and keeps it in registers. Floats, mapped to integers that sort as they do,
+are bisected between the smallest and the largest score until K are left, or only equal ones to
+choose from: those are taken from the left. Lists are ascending: programs that run at the same time
+then walk the keys in the same order, and a shorter last block comes last.
 
 Nothing is larger than the `[M, N]` scores of a head, and nothing waits for the device. The choice
 has no gradient; the logit has one, from scores that are computed again:
@@ -51,12 +51,6 @@ class BlockPlan(NamedTuple):
     alpha: Tensor | None
 
 
-@triton.jit
-def _log_sum_exp(x):
-    largest = tl.max(x, 0)
-    return largest + tl.log(tl.sum(tl.exp(x - largest), 0))
-
-
 @triton.jit(do_not_specialize=["num_k", "num_selected"])
 def _select_top_k_kernel(
     scores_ptr, indices_ptr, logit_ptr, num_k, num_selected, log_tail, ROW: tl.constexpr
@@ -71,25 +65,34 @@ def _select_top_k_kernel(
     order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
     order = tl.where(exists, order, 0)
 
-    threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        trial = threshold | bit
-        enough = tl.sum((order >= trial).to(tl.int32), 0) >= num_selected
-        threshold = tl.where(enough, trial, threshold)
-        bit = bit >> 1
-    above = (order > threshold).to(tl.int32)
-    equal = (order == threshold).to(tl.int32)
-    wanted = num_selected - tl.sum(above, 0)
-    selected = above + equal * (tl.cumsum(equal, 0) <= wanted).to(tl.int32)
+    # At least K scores reach `low`, fewer reach `high`.
+    low = tl.min(tl.where(exists, order, 0xFFFFFFFF), 0)
+    high = tl.max(order, 0) + 1
+    found = num_k
+    while (found != num_selected) & (high - low > 1):
+        middle = low + (high - low) // 2
+        count = tl.sum((order >= middle).to(tl.int32), 0)
+        enough = count >= num_selected
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        found = tl.where(enough, count, found)
+    selected = (order >= low).to(tl.int32)
+    if found != num_selected:
+        equal = (order == low).to(tl.int32)
+        above = selected - equal
+        wanted = num_selected - tl.sum(above, 0)
+        selected = above + equal * (tl.cumsum(equal, 0) <= wanted).to(tl.int32)
     position = tl.cumsum(selected, 0) - 1
     row_ptr = indices_ptr + row * num_selected
     tl.store(row_ptr + position, offs, mask=selected > 0)
 
     log_mass = scores + tl.where(offs == num_k - 1, log_tail, 0.0)
-    kept = _log_sum_exp(tl.where(selected > 0, log_mass, float("-inf")))
-    dropped = _log_sum_exp(tl.where((selected == 0) & exists, log_mass, float("-inf")))
-    tl.store(logit_ptr + row, kept - dropped)
+    kept_max = tl.max(tl.where(selected > 0, log_mass, float("-inf")), 0)
+    dropped_max = tl.max(tl.where(selected > 0, float("-inf"), log_mass), 0)
+    mass = tl.exp(log_mass - tl.where(selected > 0, kept_max, dropped_max))
+    kept = tl.sum(tl.where(selected > 0, mass, 0.0), 0)
+    dropped = tl.sum(tl.where(selected > 0, 0.0, mass), 0)
+    tl.store(logit_ptr + row, kept_max + tl.log(kept) - dropped_max - tl.log(dropped))
 
 
 def select_top_k(scores: Tensor, num_selected: int, log_tail: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -126,8 +129,13 @@ def select_top_k(scores: Tensor, num_selected: int, log_tail: float = 0.0) -> tu
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    scores: Tensor = (queries * queries.shape[-1] ** -0.5) @ keys.mT
-    return scores
+    heads_first = queries.shape[:2]
+    queries, keys = queries.flatten(0, 1), keys.flatten(0, 1)
+    # The scale costs no pass of its own; the first argument is not read.
+    scores = torch.baddbmm(
+        queries.new_empty(1), queries, keys.mT, beta=0, alpha=queries.shape[-1] ** -0.5
+    )
+    return scores.view(*heads_first, *scores.shape[1:])
 
 
 def _log_tail(length: int, block_k: int) -> float:

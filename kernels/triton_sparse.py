@@ -13,11 +13,11 @@ maximum r and P = 2^(S - r) in [0, 1], in base 2 with log2(e) / sqrt(D) folded i
 
 P's scale costs nothing: it moves the exponent by log2(448) or log2(127) and cancels in O_s. Row
 sums are of P before it is rounded. Low-bit keys are smoothed, which takes q . mean(K) / sqrt(D) off
-each logit; the log-sum-exp gets it back. Q is quantized by the program that uses it: it has to read
-the block anyway, and INT8 copies of Q would save no traffic.
+each logit; the log-sum-exp gets it back. Q is best quantized by `block_statistics`: a tile that
+comes from memory is multiplied from shared memory and leaves registers to other matrix products.
 
 Layouts: query, key, value and the output are `[B, L, H, D]`, low-bit operands are those of
-`triton_prepare`. Hardware: compute capability 8.0; FP8 8.9.
+`triton_statistics` and `triton_prepare`. Hardware: compute capability 8.0; FP8 8.9.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -35,6 +35,7 @@ from sla_video.kernels.triton_prepare import KeyOperands
 from sla_video.kernels.triton_tiles import (
     LaunchConfig,
     capability,
+    in_matrix_order,
     launch_on,
     load_rows,
     padded_dim,
@@ -48,8 +49,10 @@ from sla_video.kernels.triton_tiles import (
 @triton.jit(do_not_specialize=["length", "num_q", "num_k", "num_selected"])
 def _sparse_forward_kernel(
     query_ptr,
+    low_query_ptr,
     key_ptr,
     value_ptr,
+    query_scale_ptr,
     key_scale_ptr,
     value_scale_ptr,
     key_mean_ptr,
@@ -97,12 +100,20 @@ def _sparse_forward_kernel(
     start_q = m.to(tl.int64) * BLOCK_Q
     rows_q = length - m * BLOCK_Q
     query_base_ptr = query_ptr + b * stride_qb + h * stride_qh + start_q * stride_ql
-    query = load_rows(query_base_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
+    row = bh.to(tl.int64) * num_q + m
     scale_log2 = scale * 1.4426950408889634
     first_block = bh.to(tl.int64) * num_k
+    if low_query_ptr is not None:
+        query_scale = tl.load(query_scale_ptr + row)
+        offs_q = tl.arange(0, BLOCK_Q)
+        tile_q = offs_q[:, None] * D_PAD + offs_d[None, :]
+        query = tl.load(low_query_ptr + row * (BLOCK_Q * D_PAD) + tile_q)
+    else:
+        query = load_rows(query_base_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
+        if LOW_KEYS:
+            query_scale = quantization_scale(tl.max(tl.abs(query.to(tl.float32))), 127.0)
+            query = round_to_int8(query.to(tl.float32) * (1.0 / query_scale))
     if LOW_KEYS:
-        query_scale = quantization_scale(tl.max(tl.abs(query.to(tl.float32))), 127.0)
-        query = round_to_int8(query.to(tl.float32) * (1.0 / query_scale))
         scale_log2 = scale_log2 * query_scale
         key_base_ptr = key_ptr + first_block * (BLOCK_K * D_PAD)
     else:
@@ -118,11 +129,12 @@ def _sparse_forward_kernel(
     if SPARSE_DTYPE == "int8_int8":
         peak = 6.988684686772166
 
-    row = bh.to(tl.int64) * num_q + m
     indices_row_ptr = indices_ptr + row * num_selected
     count = num_selected
     if HAS_COUNTS:
         count = tl.load(counts_ptr + row)
+    # Without a way around the loop, its matrix products need not wait for each other.
+    tl.assume(count > 0)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
@@ -150,11 +162,12 @@ def _sparse_forward_kernel(
         acc = acc * correction[:, None]
         if SPARSE_DTYPE == "int8_fp8":
             value_t = tl.load(value_base_ptr + n * (BLOCK_K * D_PAD) + tile_t)
-            acc = tl.dot(weights.to(tl.float8e4nv), tl.trans(value_t), acc)
+            low = in_matrix_order(weights.to(tl.float8e4nv), BLOCK_Q, BLOCK_K)
+            acc = tl.dot(low, tl.trans(value_t), acc)
         elif SPARSE_DTYPE == "int8_int8":
             value_t = tl.load(value_base_ptr + n * (BLOCK_K * D_PAD) + tile_t)
-            low = tl.dot(round_to_int8(weights), tl.trans(value_t), out_dtype=tl.int32)
-            acc += low.to(tl.float32)
+            low = in_matrix_order(round_to_int8(weights), BLOCK_Q, BLOCK_K)
+            acc += tl.dot(low, tl.trans(value_t), out_dtype=tl.int32).to(tl.float32)
         else:
             start_ptr = value_base_ptr + n * BLOCK_K * stride_vl
             value = load_rows(start_ptr, stride_vl, rows_k, BLOCK_K, D, D_PAD)
@@ -212,6 +225,8 @@ def sparse_forward(
     block_q: int,
     block_k: int,
     sparse_dtype: SparseDtype = "bf16",
+    low_query: Tensor | None = None,
+    query_scale: Tensor | None = None,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of each query block to the key blocks listed for it.
@@ -223,6 +238,7 @@ def sparse_forward(
             visited. None visits all.
         key_mean: `[B, H, D]` float32, mean key over tokens.
         operands: what `prepare_keys` made of key and value for this `sparse_dtype`.
+        low_query, query_scale: of `block_statistics`, for low-bit keys; None quantizes here.
         need_lse: return the log-sum-exp too.
 
     Returns:
@@ -240,8 +256,10 @@ def sparse_forward(
     with launch_on(query):
         _sparse_forward_kernel[(num_blocks(length, block_q), batch * heads)](
             query,
+            low_query,
             keys,
             values,
+            query_scale,
             operands.key_scale,
             operands.value_scale,
             key_mean.contiguous(),

@@ -3,6 +3,7 @@
     query_means[m] = mean of Q over block m,  key_means[n] = mean of K over block n
     key_mean       = mean of K over all tokens, from the block means
     value_max[d]   = max_j |V[j, d]|, where P V will be low-bit
+    low_query[m]   = round(Q[m] / s_m), s_m = max|Q[m]| / 127, where Q K^T will be
 
 Inputs are `[B, L, H, D]` with any strides but 1 along D, each read once. A token gets the gradient
 of its block's mean divided by the tokens of the block. Hardware: compute capability 8.0.
@@ -21,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sla_video.kernels.routing import block_counts, num_blocks
-from sla_video.kernels.triton_tiles import launch_on, load_rows, padded_dim, strides
+from sla_video.kernels.triton_tiles import (
+    launch_on,
+    load_rows,
+    padded_dim,
+    quantization_scale,
+    round_to_int8,
+    strides,
+)
 
 
 class BlockStatistics(NamedTuple):
@@ -31,20 +39,16 @@ class BlockStatistics(NamedTuple):
         query_means, key_means: `[B, H, M, D]`, `[B, H, N, D]`, means over the tokens of a block.
         key_mean: `[B, H, D]`, mean over all tokens, detached.
         value_max: `[B, H, D]`, largest |v| of each channel; None unless asked for.
+        low_query, query_scale: INT8 `[B, H, M, block_q, P]`, padded with zeros to whole blocks and
+            to P = `padded_dim(D)`, and its scales `[B, H, M]`; None unless asked for.
     """
 
     query_means: Tensor
     key_means: Tensor
     key_mean: Tensor
     value_max: Tensor | None
-
-
-@triton.jit
-def _mean_of_rows(
-    base_ptr, stride_l, rows, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
-):
-    x = load_rows(base_ptr, stride_l, rows, ROWS, D, D_PAD).to(tl.float32)
-    return tl.sum(x, 0) / tl.minimum(rows, ROWS)
+    low_query: Tensor | None = None
+    query_scale: Tensor | None = None
 
 
 @triton.jit(do_not_specialize=["length", "num_q", "num_k"])
@@ -55,6 +59,8 @@ def _block_statistics_kernel(
     query_means_ptr,
     key_means_ptr,
     value_max_ptr,
+    low_query_ptr,
+    query_scale_ptr,
     stride_qb,
     stride_ql,
     stride_qh,
@@ -73,7 +79,7 @@ def _block_statistics_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per block: M of queries, then N of keys, then (if launched) N of values."""
+    """One program per block: M of queries, then N of keys and values."""
     block = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
@@ -82,42 +88,97 @@ def _block_statistics_kernel(
     if block < num_q:
         start = block * BLOCK_Q
         base_ptr = query_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_ql
-        mean = _mean_of_rows(base_ptr, stride_ql, length - start, BLOCK_Q, D, D_PAD)
-        out_ptr = query_means_ptr + (bh.to(tl.int64) * num_q + block) * D
-        tl.store(out_ptr + offs_d, mean, mask=offs_d < D)
-    elif block < num_q + num_k:
+        query = load_rows(base_ptr, stride_ql, length - start, BLOCK_Q, D, D_PAD).to(tl.float32)
+        mean = tl.sum(query, 0) / tl.minimum(length - start, BLOCK_Q)
+        row = bh.to(tl.int64) * num_q + block
+        tl.store(query_means_ptr + row * D + offs_d, mean, mask=offs_d < D)
+        if low_query_ptr is not None:
+            scale = quantization_scale(tl.max(tl.abs(query)), 127.0)
+            tl.store(query_scale_ptr + row, scale)
+            tile = tl.arange(0, BLOCK_Q)[:, None] * D_PAD + offs_d[None, :]
+            low_base_ptr = low_query_ptr + row * (BLOCK_Q * D_PAD)
+            tl.store(low_base_ptr + tile, round_to_int8(query * (1.0 / scale)))
+    else:
         start = (block - num_q) * BLOCK_K
+        rows = length - start
         base_ptr = key_ptr + b * stride_kb + h * stride_kh + start.to(tl.int64) * stride_kl
-        mean = _mean_of_rows(base_ptr, stride_kl, length - start, BLOCK_K, D, D_PAD)
-        out_ptr = key_means_ptr + (bh.to(tl.int64) * num_k + block - num_q) * D
-        tl.store(out_ptr + offs_d, mean, mask=offs_d < D)
-    elif value_max_ptr is not None:
-        start = (block - num_q - num_k) * BLOCK_K
-        base_ptr = value_ptr + b * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vl
-        value = load_rows(base_ptr, stride_vl, length - start, BLOCK_K, D, D_PAD)
-        out_ptr = value_max_ptr + (bh.to(tl.int64) * num_k + block - num_q - num_k) * D
-        tl.store(out_ptr + offs_d, tl.max(tl.abs(value.to(tl.float32)), 0), mask=offs_d < D)
+        key = load_rows(base_ptr, stride_kl, rows, BLOCK_K, D, D_PAD).to(tl.float32)
+        offs = (bh.to(tl.int64) * num_k + block - num_q) * D + offs_d
+        if value_max_ptr is not None:
+            base_ptr = value_ptr + b * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vl
+            value = load_rows(base_ptr, stride_vl, rows, BLOCK_K, D, D_PAD)
+            largest = tl.max(tl.abs(value.to(tl.float32)), 0)
+            tl.store(value_max_ptr + offs, largest, mask=offs_d < D)
+        mean = tl.sum(key, 0) / tl.minimum(rows, BLOCK_K)
+        tl.store(key_means_ptr + offs, mean, mask=offs_d < D)
+
+
+@triton.jit(do_not_specialize=["length", "num_k"])
+def _all_blocks_kernel(
+    key_means_ptr,
+    value_max_ptr,
+    key_mean_ptr,
+    largest_ptr,
+    length,
+    num_k,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Mean of the key means, weighted by the tokens of a block, and largest of the maxima."""
+    bh = tl.program_id(1)
+    offs_d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = bh.to(tl.int64) * num_k
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    largest = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, num_k, ROWS):
+        offs_n = start + tl.arange(0, ROWS)
+        mask = (offs_n < num_k)[:, None] & (offs_d < D)[None, :]
+        offs = (first + offs_n)[:, None] * D + offs_d[None, :]
+        tokens = tl.minimum(length - offs_n * BLOCK_K, BLOCK_K).to(tl.float32)
+        total += tl.load(key_means_ptr + offs, mask=mask, other=0.0) * tokens[:, None]
+        if value_max_ptr is not None:
+            largest = tl.maximum(largest, tl.load(value_max_ptr + offs, mask=mask, other=0.0))
+    tl.store(key_mean_ptr + bh * D + offs_d, tl.sum(total, 0) / length, mask=offs_d < D)
+    if value_max_ptr is not None:
+        tl.store(largest_ptr + bh * D + offs_d, tl.max(largest, 0), mask=offs_d < D)
 
 
 @torch.library.custom_op("sla_video::block_statistics", mutates_args=())
 def _block_statistics(
-    query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int, need_value_max: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means of query blocks, of key blocks and of all keys, and `value_max` (or nothing)."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_q: int,
+    block_k: int,
+    need_value_max: bool,
+    need_low_query: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `BlockStatistics`, empty tensors for what is not wanted."""
     batch, length, heads, head_dim = query.shape
     num_q, num_k = num_blocks(length, block_q), num_blocks(length, block_k)
+    pad = padded_dim(head_dim)
     empty = partial(torch.empty, dtype=torch.float32, device=query.device)
     query_means = empty(batch, heads, num_q, head_dim)
     key_means = empty(batch, heads, num_k, head_dim)
+    key_mean = empty(batch, heads, head_dim)
     value_max = empty(batch, heads, num_k, head_dim) if need_value_max else None
+    largest = empty(batch, heads, head_dim) if need_value_max else empty(0)
+    low_shape = (batch, heads, num_q, block_q, pad) if need_low_query else (0,)
+    low_query = torch.empty(low_shape, dtype=torch.int8, device=query.device)
+    query_scale = empty(batch, heads, num_q) if need_low_query else empty(0)
+    columns = 32
     with launch_on(query):
-        _block_statistics_kernel[(num_q + (2 if need_value_max else 1) * num_k, batch * heads)](
+        _block_statistics_kernel[(num_q + num_k, batch * heads)](
             query,
             key,
             value,
             query_means,
             key_means,
             value_max,
+            low_query if need_low_query else None,
+            query_scale if need_low_query else None,
             *strides(query),
             *strides(key),
             *strides(value),
@@ -126,47 +187,67 @@ def _block_statistics(
             num_q,
             num_k,
             D=head_dim,
-            D_PAD=padded_dim(head_dim),
+            D_PAD=pad,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            num_warps=4,
+            num_warps=8 if need_low_query and pad == 128 else 4,
         )
-    return (
-        query_means,
-        key_means,
-        _mean_of_means(key_means, length, block_k),
-        empty(0) if value_max is None else value_max.amax(2),
-    )
+        _all_blocks_kernel[(pad // columns, batch * heads)](
+            key_means,
+            value_max,
+            key_mean,
+            largest if need_value_max else None,
+            length,
+            num_k,
+            D=head_dim,
+            BLOCK_K=block_k,
+            ROWS=128,
+            COLUMNS=columns,
+            num_warps=8,
+        )
+    return query_means, key_means, key_mean, largest, low_query, query_scale
 
 
 @_block_statistics.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int, need_value_max: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_q: int,
+    block_k: int,
+    need_value_max: bool,
+    need_low_query: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, head_dim = query.shape
+    num_q = num_blocks(length, block_q)
     empty = partial(torch.empty, dtype=torch.float32, device=query.device)
+    low_shape = (batch, heads, num_q, block_q, padded_dim(head_dim)) if need_low_query else (0,)
     return (
-        empty(batch, heads, num_blocks(length, block_q), head_dim),
+        empty(batch, heads, num_q, head_dim),
         empty(batch, heads, num_blocks(length, block_k), head_dim),
         empty(batch, heads, head_dim),
         empty(batch, heads, head_dim) if need_value_max else empty(0),
+        torch.empty(low_shape, dtype=torch.int8, device=query.device),
+        empty(batch, heads, num_q) if need_low_query else empty(0),
     )
 
 
-def _remember_blocks(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, _, _, ctx.block_q, ctx.block_k, _ = inputs
+def _remember_blocks(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, _, _, ctx.block_q, ctx.block_k, _, _ = inputs
     ctx.length, ctx.dtype = query.shape[1], query.dtype
+    # Zeros for low_query would be as large as Q.
+    ctx.set_materialize_grads(False)
 
 
 def _gradients_of_means(
-    ctx: Any, query_means: Tensor, key_means: Tensor, _key_mean: Tensor, _value_max: Tensor
+    ctx: Any, query_means: Tensor | None, key_means: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     query = key = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and query_means is not None:
         query = _for_each_token(query_means, ctx.block_q, ctx.length, ctx.dtype)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and key_means is not None:
         key = _for_each_token(key_means, ctx.block_k, ctx.length, ctx.dtype)
-    return query, key, None, None, None, None
+    return query, key, None, None, None, None, None
 
 
 def _for_each_token(grad: Tensor, block: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -179,23 +260,27 @@ _block_statistics.register_autograd(_gradients_of_means, setup_context=_remember
 
 
 def block_statistics(
-    query: Tensor, key: Tensor, value: Tensor, *, block_q: int, block_k: int, need_value_max: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    need_value_max: bool,
+    need_low_query: bool = False,
 ) -> BlockStatistics:
     """Pass 1 over query, key (and value) `[B, L, H, D]`, each contiguous along D."""
-    # No gradient is needed of value_max, since low-bit values have those of unquantized ones, nor
-    # of key_mean: neither logit(p) nor O_s depends on it, and phi(K) is differentiated elsewhere.
-    query_means, key_means, key_mean, value_max = _block_statistics(
-        query, key, value.detach(), block_q, block_k, need_value_max
+    # No gradient is needed of low-bit values and of what scales them, since those of unquantized
+    # ones are used, nor of key_mean: neither logit(p) nor O_s depends on it, and phi(K) is
+    # differentiated elsewhere.
+    query_means, key_means, key_mean, value_max, low_query, query_scale = _block_statistics(
+        query, key, value.detach(), block_q, block_k, need_value_max, need_low_query
     )
     return BlockStatistics(
-        query_means, key_means, key_mean.detach(), value_max if need_value_max else None
+        query_means,
+        key_means,
+        key_mean.detach(),
+        value_max if need_value_max else None,
+        low_query if need_low_query else None,
+        query_scale if need_low_query else None,
     )
-
-
-def _mean_of_means(means: Tensor, length: int, block: int) -> Tensor:
-    """Mean over `length` tokens `[B, H, D]` of the block means `[B, H, N, D]`."""
-    missing = means.shape[2] * block - length
-    if not missing:
-        return means.mean(2)
-    # The last block counts for less than the others.
-    return means.sum(2).sub_(means[:, :, -1], alpha=missing / block).mul_(block / length)

@@ -87,6 +87,24 @@ def round_to_int8(x):
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+@triton.jit
+def matrix_order(offs):
+    """The key that stands at each of these positions of a transposed low-bit tile.
+
+    Of every 16 columns, a thread holds 2c, 2c + 1, 2c + 8 and 2c + 9 in what a matrix unit puts
+    out, and 4c to 4c + 3 in an 8-bit operand that one takes in. With keys stored in this order, P
+    goes from one to the other without leaving its thread: see `in_matrix_order`.
+    """
+    return (offs & -16) | ((offs & 2) << 2) | ((offs & 12) >> 1) | (offs & 1)
+
+
+@triton.jit
+def in_matrix_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile x `[ROWS, COLUMNS]` with columns in the order of `matrix_order`."""
+    x = tl.permute(tl.reshape(x, (ROWS, COLUMNS // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(x, (ROWS, COLUMNS))
+
+
 def padded_dim(head_dim: int) -> int:
     """Columns of a tile that holds `head_dim` of them."""
     return max(_SMALLEST_DIM, 1 << (head_dim - 1).bit_length())

@@ -136,7 +136,11 @@ def reference_gradients(case, dtype=torch.float64, sparse_dtype="bf16"):
 
 
 def kernel_gradients(case, out_sparse, lse, **changes):
-    """`sla2_backward` on what a forward pass in the dtype of the inputs would have kept."""
+    """`sla2_backward` on what a forward pass in the dtype of the inputs would have kept.
+
+    Returns:
+        gradients of query, key, value and alpha.
+    """
     arguments = {
         "grad_out": case.grad_out,
         "query": case.query,
@@ -151,7 +155,12 @@ def kernel_gradients(case, out_sparse, lse, **changes):
         "grad_lse": case.grad_lse,
     }
     with poisoned_memory():
-        return sla2_backward(**(arguments | case.settings | changes))
+        query, key, value, key_mean, alpha = sla2_backward(**(arguments | case.settings | changes))
+    assert (key_mean is None) == (case.alpha is None or case.settings["phi_k"] == "raw")
+    if key_mean is not None:
+        # The mean over tokens shares its gradient out.
+        key = key.float() + key_mean[:, None] / case.key.shape[1]
+    return query, key, value, alpha
 
 
 def check(case, budget, **changes):

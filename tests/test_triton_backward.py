@@ -70,6 +70,27 @@ def test_quantized_forward_has_the_gradient_of_the_unquantized_branch(sparse_dty
         assert relative(mine, exact) <= 1e-4, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_quantized_forward_in_16_bit(dtype):
+    case = make_case(200, dtype=dtype, heads=1, sparsity=0.8)
+    wanted, _, _ = reference_gradients(case)
+    _, out_sparse, lse = reference_gradients(case, sparse_dtype="int8_fp8")
+    got = kernel_gradients(case, out_sparse, lse, exact_lse=False)
+    for name, mine, exact in zip(NAMES[:3], got, wanted, strict=False):
+        assert relative(mine, exact) <= (0.006 if dtype == torch.bfloat16 else 0.001), name
+
+
+@pytest.mark.parametrize("error", [-5.0, 5.0])
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out_and_lse"])
+def test_quantized_forward_may_be_far_off(error, with_lse):
+    """The gradients of Q, K and V do not depend on how near it was."""
+    case = make_case(100, with_lse=with_lse)
+    wanted, out_sparse, lse = reference_gradients(case)
+    got = kernel_gradients(case, 0.5 * out_sparse + 0.3, lse + error, exact_lse=False)
+    for name, mine, exact in zip(NAMES[:3], got, wanted, strict=False):
+        assert relative(mine, exact) <= 1e-4, name
+
+
 @pytest.mark.parametrize("phi_k", ["smoothed", "raw"])
 @pytest.mark.parametrize("selection", ["top_k", "top_p"])
 def test_with_autograd_through_the_router(selection, phi_k):

@@ -22,15 +22,15 @@ def test_inverse_lists(length, ragged):
     case = make_case(length, batch=2, heads=3, head_dim=16, ragged=ragged)
     num_k = num_blocks(length, case.settings["block_k"])
     lists = invert_selection(case.indices, case.counts, num_k)
-    assert lists.query_blocks.dtype == lists.offsets.dtype == torch.int32
-    assert lists.offsets.shape == (2, 3, num_k + 1)
+    assert lists.counts.shape == (2, 3, num_k)
+    assert lists.order.sort().values.tolist() == list(range(6 * num_k))
     selected = selected_blocks(case.indices, case.counts, num_k)
     for b in range(2):
         for h in range(3):
             for n in range(num_k):
-                first, last = lists.offsets[b, h, n : n + 2].tolist()
+                count = lists.counts[b, h, n].item()
                 wanted = selected[b, h, :, n].nonzero().flatten().tolist()
-                assert lists.query_blocks[first:last].tolist() == wanted
+                assert lists.query_blocks[b, h, n, :count].tolist() == wanted
 
 
 def test_key_blocks_with_long_lists_come_first():
@@ -39,3 +39,23 @@ def test_key_blocks_with_long_lists_come_first():
     indices[0, 1, :, 0] = 9
     order = invert_selection(indices, None, 32).order.tolist()
     assert order == [32 + 9, *(n for n in range(64) if n != 32 + 9)]
+
+
+def test_long_lists_come_first_among_many():
+    # One list of eight entries, the last of 5,000; the other query blocks select two blocks each.
+    indices = torch.arange(16, dtype=torch.int32, device=DEVICE).view(1, 1, 8, 2)
+    indices = torch.cat([indices, torch.full_like(indices[..., :1], 4999)], -1)
+    lists = invert_selection(indices, None, 5000)
+    assert lists.counts[0, 0].tolist() == [1] * 16 + [0] * 4983 + [8]
+    long = [*range(16), 4999]
+    assert lists.order.tolist() == [*long, *range(16, 4999)]
+
+
+def test_more_query_blocks_than_16_bits_count():
+    rows = 2**15 + 1
+    indices = torch.zeros(1, 1, rows, 1, dtype=torch.int32, device=DEVICE)
+    indices[0, 0, 5] = indices[0, 0, rows - 1] = 1
+    lists = invert_selection(indices, None, 2)
+    assert lists.counts.tolist() == [[[rows - 2, 2]]]
+    assert lists.query_blocks[0, 0, 1, :2].tolist() == [5, rows - 1]
+    assert lists.query_blocks[0, 0, 0, rows - 3] == rows - 2

@@ -87,6 +87,15 @@ def test_features_recomputed_or_in_fp8(storage, phi_k):
     assert relative(outputs[1], outputs[0]) <= {"none": 1e-3, "fp8": 0.05}[storage]
 
 
+def in_key_order(x):
+    """Transposed tiles `[..., D, block_k]` as float `[..., block_k, D]`, keys from the first on."""
+    # Of every 16, positions 0 to 3 hold keys 0, 1, 8, 9, and so on.
+    order = torch.arange(16).view(2, 4, 2).transpose(0, 1).flatten()
+    order = (torch.arange(0, x.shape[-1], 16)[:, None] + order).flatten().to(x.device)
+    x = x.float().mT
+    return torch.empty_like(x).index_copy_(-2, order, x)
+
+
 @pytest.mark.parametrize("length", [1, 64, 200])
 def test_preparation(poisoned, length):
     query, key, value = inputs(length, head_dim=40, batch=2)
@@ -99,7 +108,7 @@ def test_preparation(poisoned, length):
 
     for sparse_dtype in ("int8_fp8", "int8_int8"):
         means = statistics.key_mean, statistics.value_max
-        operands = prepared(key, value, *means, sparse_dtype=sparse_dtype)
+        operands = prepared(key, value, *means, sparse_dtype=sparse_dtype, feature_storage="value")
         num_k = num_blocks(length, 32)
         # [B, H, L, D] of blocks [B, H, N, block_k, D_PAD]
         keys = operands.low_keys * operands.key_scale[..., None, None]
@@ -108,7 +117,7 @@ def test_preparation(poisoned, length):
         torch.testing.assert_close(keys.flatten(2, 3)[:, :, :length, :40], wanted, **close)
         # Padding must be zero: the kernels read it.
         assert not keys.flatten(2, 3)[:, :, length:].any() and not keys[..., 40:].any()
-        values = operands.low_values.float().mT * operands.value_scale[:, :, None, None]
+        values = in_key_order(operands.low_values) * operands.value_scale[:, :, None, None]
         wanted = quantize_value(value.transpose(1, 2), sparse_dtype)
         torch.testing.assert_close(values.flatten(2, 3)[:, :, :length, :40], wanted, **close)
         assert not values.flatten(2, 3)[:, :, length:].any() and not values[..., 40:].any()
@@ -119,8 +128,74 @@ def test_preparation(poisoned, length):
             operands.feature_sums, operands.features.sum(3), atol=1e-5, rtol=1e-5
         )
         total = smooth.softmax(-1).mT @ value.transpose(1, 2)
-        torch.testing.assert_close(operands.total[..., :40, :40], total, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(operands.totals[:, :, :40, :40], total, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            operands.totals[:, :, 64, :40], smooth.softmax(-1).sum(2), atol=1e-4, rtol=1e-4
+        )
         assert operands.low_keys.shape == (2, 2, num_k, 32, 64)
+
+
+@pytest.mark.parametrize("length", [1, 200])
+def test_low_bit_values_bring_features_in_fp8(poisoned, length):
+    query, key, value = inputs(length, head_dim=40)
+    statistics = block_statistics(query, key, value, block_q=32, block_k=32, need_value_max=True)
+    operands = prepare_keys(
+        key,
+        value,
+        statistics.key_mean,
+        statistics.value_max,
+        block_k=32,
+        sparse_dtype="int8_fp8",
+        phi_k="smoothed",
+        need_features=True,
+    )
+    features = in_key_order(operands.features)
+    phi = (key - key.mean(1, keepdim=True)).transpose(1, 2).softmax(-1)
+    assert relative(features.flatten(2, 3)[:, :, :length, :40] / 448, phi) <= 0.03
+    assert not features.flatten(2, 3)[:, :, length:].any() and not features[..., 40:].any()
+    # FP8 is for what is selected: sums over everything are exact.
+    assert relative(operands.feature_sums.sum(2)[..., :40], phi.sum(2)) <= 1e-6
+    assert relative(operands.totals[:, :, 64, :40], phi.sum(2)) <= 1e-6
+    total = phi.mT @ value.transpose(1, 2)
+    assert relative(operands.totals[:, :, :40, :40], total) <= 1e-5
+    values = in_key_order(operands.low_values) * operands.value_scale[:, :, None, None]
+    assert relative(values.flatten(2, 3)[:, :, :length, :40], value.transpose(1, 2)) <= 0.03
+
+
+@pytest.mark.parametrize("sparse_dtype", ["int8", "int8_fp8", "int8_int8"])
+@pytest.mark.parametrize("length", [1, 200])
+def test_queries_quantized_beforehand(poisoned, length, sparse_dtype):
+    query, key, value = inputs(length, head_dim=40, batch=2)
+    blocks = {"block_q": 64, "block_k": 32}
+    low_values = sparse_dtype != "int8"
+    statistics = block_statistics(
+        query, key, value, need_value_max=low_values, need_low_query=True, **blocks
+    )
+    low, scale = statistics.low_query, statistics.query_scale
+    got = (low * scale[..., None, None]).flatten(2, 3)
+    wanted = [quantize_int8(x, (-2, -1)) for x in query.transpose(1, 2).split(64, 2)]
+    torch.testing.assert_close(got[:, :, :length, :40], torch.cat(wanted, 2), atol=1e-6, rtol=1e-6)
+    assert not got[:, :, length:].any() and not got[..., 40:].any()
+
+    operands = prepare_keys(
+        key,
+        value,
+        statistics.key_mean,
+        statistics.value_max,
+        block_k=32,
+        sparse_dtype=sparse_dtype,
+        phi_k="smoothed",
+        need_features=False,
+    )
+    num_q, num_k = num_blocks(length, 64), num_blocks(length, 32)
+    indices = random_lists(2, 2, num_q, num_k, max(1, num_k // 2))
+    settings = {"operands": operands, "sparse_dtype": sparse_dtype, **blocks}
+    first, second = (
+        sparse_forward(query, key, value, indices, None, statistics.key_mean, **settings, **queries)
+        for queries in ({}, {"low_query": low, "query_scale": scale})
+    )
+    assert relative(second[0], first[0]) <= 1e-6
+    assert relative(second[1], first[1]) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,272 @@
+"""Backward for keys and values, of both branches.
+
+Sparse branch, over the query blocks that selected a key block (formulas in
+`triton_backward_sparse.py`); linear branch, from the states of those that did not
+(`triton_backward_linear.py`):
+
+    dK = dS^T Q / sqrt(D)          dV = alpha P^T dO
+    dphi(k_j) = v_j D_n^T + d_n    dv_j = phi(k_j) D_n
+
+The query blocks that selected a key block are listed by `triton_inverse.py`. The program of a key
+block first writes the gradients of the linear branch, and adds to them at the end: meanwhile they
+need neither registers nor shared memory. P and dS are formed transposed, keys by queries, so that
+they are left operands as they stand in registers.
+
+Layouts: query, key, value, grad_out `[B, L, H, D]` with any strides but 1 in the last dimension;
+gradients `[B, L, H, D]` contiguous; row_lse, row_delta `[B, H, M * block_q]`; states as in
+`triton_backward_states.py`. Compute capability 8.0 and above.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla_video.kernels.triton_backward_states import BlockStates, dropped_state
+from sla_video.kernels.triton_backward_tiles import (
+    LOG2E,
+    Launch,
+    Launches,
+    as_operand,
+    batch_and_head,
+    choose_launch,
+    head_offset,
+    listed_tile,
+    packed_offset,
+    rows_left,
+)
+from sla_video.kernels.triton_inverse import InverseLists
+from sla_video.kernels.triton_tiles import load_rows, padded_dim, row_softmax, store_rows, strides
+
+
+@triton.jit
+def _linear_gradients(
+    key,
+    value,
+    key_mean_ptr,
+    state,
+    state_sum,
+    weight,
+    rows_k,
+    bh,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Gradients of what phi(K) was taken of and of values `[TILE_K, D_PAD]`, times `weight`."""
+    cols = tl.arange(0, D_PAD)
+    x = key.to(tl.float32)
+    if key_mean_ptr is not None:
+        x -= tl.load(key_mean_ptr + bh * D + cols, mask=cols < D, other=0.0)[None, :]
+    phi = row_softmax(x, D, D_PAD)
+    phi = tl.where((tl.arange(0, TILE_K) < rows_k)[:, None], phi, 0.0)
+    operand, factor = as_operand(state, key.dtype)
+    grad_value = tl.dot(phi.to(key.dtype), operand, input_precision="ieee") * (factor * weight)
+    grad_phi = tl.dot(value, tl.trans(operand), input_precision="ieee") * factor
+    grad_phi -= state_sum[None, :]
+    grad_key = phi * (grad_phi - tl.sum(phi * grad_phi, 1)[:, None]) * weight
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["length", "num_q", "num_k"])
+def _key_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    grad_out_ptr,
+    row_lse_ptr,
+    row_delta_ptr,
+    key_mean_ptr,
+    states_ptr,
+    factors_ptr,
+    sums_ptr,
+    total_ptr,
+    query_blocks_ptr,
+    counts_ptr,
+    order_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    grad_sums_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_strides,
+    scale,
+    length,
+    heads,
+    num_q,
+    num_k,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """dK and dV of one tile of keys, and minus the sum of the linear branch's dK over it."""
+    tiles_q: tl.constexpr = BLOCK_Q // TILE_Q
+    tiles_k: tl.constexpr = BLOCK_K // TILE_K
+    block = tl.load(order_ptr + tl.program_id(0) // tiles_k)
+    tile = tl.program_id(0) % tiles_k
+    b, h, bh = batch_and_head(block // num_k, heads)
+    start_k = (block % num_k).to(tl.int64) * BLOCK_K + tile * TILE_K
+    rows_k = rows_left(start_k, length)
+    offs_q = tl.arange(0, TILE_Q)
+
+    query_blocks_ptr += block.to(tl.int64) * num_q
+    count = tl.load(counts_ptr + block)
+    key_ptr += head_offset(key_strides, b, start_k, h)
+    value_ptr += head_offset(value_strides, b, start_k, h)
+    # [TILE_K, D_PAD]
+    key = load_rows(key_ptr, key_strides[1], rows_k, TILE_K, D, D_PAD)
+    value = load_rows(value_ptr, value_strides[1], rows_k, TILE_K, D, D_PAD)
+    offset = packed_offset(b, start_k, h, length, heads, D)
+    grad_key_ptr += offset
+    grad_value_ptr += offset
+    if states_ptr is not None:
+        state, state_sum = dropped_state(
+            total_ptr,
+            states_ptr,
+            factors_ptr,
+            sums_ptr,
+            query_blocks_ptr,
+            count,
+            bh,
+            num_q,
+            D_PAD,
+        )
+        # Zero where every query block selected this key block. States hold features times L / D.
+        weight = tl.where(count < num_q, D / length, 0.0)
+        linear_key, linear_value = _linear_gradients(
+            key, value, key_mean_ptr, state, state_sum, weight, rows_k, bh, D, D_PAD, TILE_K
+        )
+        grad_sums_ptr += (block.to(tl.int64) * tiles_k + tile) * D_PAD
+        tl.store(grad_sums_ptr + tl.arange(0, D_PAD), -tl.sum(linear_key, 0))
+        store_rows(grad_key_ptr, heads * D, linear_key, rows_k, TILE_K, D, D_PAD)
+        store_rows(grad_value_ptr, heads * D, linear_value, rows_k, TILE_K, D, D_PAD)
+
+    query_ptr += head_offset(query_strides, b, 0, h)
+    grad_out_ptr += head_offset(grad_strides, b, 0, h)
+    row_lse_ptr += bh * num_q * BLOCK_Q
+    row_delta_ptr += bh * num_q * BLOCK_Q
+    grad_key = tl.zeros([TILE_K, D_PAD], tl.float32)
+    grad_value = tl.zeros([TILE_K, D_PAD], tl.float32)
+    for step in range(0, count * tiles_q):
+        start, rows = listed_tile(query_blocks_ptr, step, length, BLOCK_Q, TILE_Q)
+        query_tile_ptr = query_ptr + start * query_strides[1]
+        query = load_rows(query_tile_ptr, query_strides[1], rows, TILE_Q, D, D_PAD)
+        grad_tile_ptr = grad_out_ptr + start * grad_strides[1]
+        grad_out = load_rows(grad_tile_ptr, grad_strides[1], rows, TILE_Q, D, D_PAD)
+        lse = tl.load(row_lse_ptr + start + offs_q)
+        delta = tl.load(row_delta_ptr + start + offs_q)
+        # [TILE_K, TILE_Q]
+        logits = tl.dot(key, tl.trans(query), input_precision="ieee")
+        along = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
+        weights = tl.exp2(logits * (scale * LOG2E) - lse[None, :])
+        grad_value = tl.dot(
+            weights.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee"
+        )
+        grad_logits = weights * (along - delta[None, :])
+        grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
+
+    grad_key *= scale
+    if states_ptr is not None:
+        # What other threads of this program have written.
+        tl.debug_barrier()
+        linear_key = load_rows(grad_key_ptr, heads * D, rows_k, TILE_K, D, D_PAD)
+        grad_key += linear_key.to(tl.float32)
+        linear_value = load_rows(grad_value_ptr, heads * D, rows_k, TILE_K, D, D_PAD)
+        grad_value += linear_value.to(tl.float32)
+    store_rows(grad_key_ptr, heads * D, grad_key, rows_k, TILE_K, D, D_PAD)
+    store_rows(grad_value_ptr, heads * D, grad_value, rows_k, TILE_K, D, D_PAD)
+
+
+_LAUNCHES = Launches(
+    narrow=Launch(64, 64, 4, 2, max_registers=168),
+    broad=Launch(64, 64, 4, 2),
+    small=Launch(32, 64, 4, 2),
+    float32=Launch(32, 32, 4, 1),
+    float32_small=Launch(16, 32, 4, 1),
+)
+
+
+def key_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_lse: Tensor,
+    row_delta: Tensor,
+    inverse: InverseLists,
+    query_states: BlockStates | None,
+    key_mean: Tensor | None,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+) -> Tensor | None:
+    """Write the gradients of key and value; see `sla2_backward` for the other arguments.
+
+    Args:
+        row_lse, row_delta: as `sparse_query_backward` returns them.
+        query_states: of psi and dO; None where nothing is dropped anywhere.
+        key_mean: `[B, H, D]` float32, subtracted from the keys in phi; None for raw ones.
+        grad_key, grad_value: `[B, L, H, D]` contiguous, written in place.
+
+    Returns:
+        gradient of `key_mean`, `[B, H, D_PAD]` float32; None without states. To be used where it is
+        given.
+    """
+    batch, length, heads, head_dim = query.shape
+    num_q, num_k = row_lse.shape[-1] // block_q, inverse.counts.shape[-1]
+    d_pad = padded_dim(head_dim)
+    launch = choose_launch(_LAUNCHES, query)
+    tile_k = min(block_k, launch.tile_k)
+    tiles = num_k * (block_k // tile_k)
+    states, factors, sums, total = query_states or (None,) * 4
+    grad_sums = None
+    if states is not None:
+        grad_sums = torch.empty(
+            batch, heads, tiles, d_pad, dtype=torch.float32, device=query.device
+        )
+    _key_kernel[(batch * heads * tiles,)](
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        grad_out_ptr=grad_out,
+        row_lse_ptr=row_lse,
+        row_delta_ptr=row_delta,
+        key_mean_ptr=key_mean,
+        states_ptr=states,
+        factors_ptr=factors,
+        sums_ptr=sums,
+        total_ptr=total,
+        query_blocks_ptr=inverse.query_blocks,
+        counts_ptr=inverse.counts,
+        order_ptr=inverse.order,
+        grad_key_ptr=grad_key,
+        grad_value_ptr=grad_value,
+        grad_sums_ptr=grad_sums,
+        query_strides=strides(query),
+        key_strides=strides(key),
+        value_strides=strides(value),
+        grad_strides=strides(grad_out),
+        scale=head_dim**-0.5,
+        length=length,
+        heads=heads,
+        num_q=num_q,
+        num_k=num_k,
+        D=head_dim,
+        D_PAD=d_pad,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_Q=min(block_q, launch.tile_q),
+        TILE_K=tile_k,
+        **launch.keywords(),
+    )
+    return None if grad_sums is None else grad_sums.sum(2)
