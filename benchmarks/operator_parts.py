@@ -54,7 +54,7 @@ def parts(
 ) -> dict[str, Callable[[], Any]]:
     """The steps of `sla2_triton`, each on what the ones before it made.
 
-    `features` is how phi(K) is stored for "prepare" and "linear"; "whole" stores it as "value".
+    `features` is how phi(K) is stored for "prepare" and "linear", None as in "whole".
     """
     from sla_video.kernels.api import sla2_attention
     from sla_video.kernels.options import Options
@@ -77,10 +77,16 @@ def parts(
         tau=0.1,
         **blocks,
     )
-    low_values = sparse_dtype == "int8_fp8"
 
     def statistics() -> Any:
-        return block_statistics(query, key, value, need_value_max=low_values, **blocks)
+        return block_statistics(
+            query,
+            key,
+            value,
+            need_value_max=sparse_dtype == "int8_fp8",
+            need_low_query=sparse_dtype != "bf16",
+            **blocks,
+        )
 
     found = statistics()
     means = (found.query_means, found.key_means, found.key_mean)
@@ -114,6 +120,8 @@ def parts(
             *lists,
             found.key_mean,
             sparse_dtype=sparse_dtype,
+            low_query=found.low_query,
+            query_scale=found.query_scale,
             need_lse=False,
             operands=operands,
             **blocks,
@@ -201,8 +209,7 @@ def main() -> None:
     parser.add_argument(
         "--features",
         choices=("value", "fp8", "none"),
-        default="value",
-        help="how phi(K) is stored; fp8 goes with the format int8_fp8 only",
+        help="how phi(K) is stored, by default as the operator does; fp8 needs the format int8_fp8",
     )
     parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
     parser.add_argument("--json", type=Path)
