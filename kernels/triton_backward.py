@@ -1,12 +1,13 @@
 """Backward of SLA2 for hard selections: the sparse and the linear part put together.
 
-    key states         products phi(K)^T V of each key block and their sum over all
+    key states         products phi(K)^T V of each key block
     linear, queries    dQ, dalpha; the same products of weighted query features and dO
     sparse, queries    + dQ of the sparse branch; log-sum-exp and delta of each row
     keys               dK, dV of both branches
 
-Key blocks find the query blocks that selected them in inverted lists (`triton_inverse.py`). Nothing
-synchronises with the host or adds atomically.
+Both linear branches get the states summed over what is dropped. Key blocks find the query blocks
+that selected them in inverted lists (`triton_inverse.py`). Nothing synchronises with the host or
+adds atomically.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_backward_key import key_backward
 from sla_video.kernels.triton_backward_linear import linear_query_backward
 from sla_video.kernels.triton_backward_sparse import sparse_query_backward
-from sla_video.kernels.triton_backward_states import key_states
-from sla_video.kernels.triton_inverse import invert_selection
+from sla_video.kernels.triton_backward_states import key_states, sum_dropped
+from sla_video.kernels.triton_inverse import dropped_table, invert_selection
 from sla_video.kernels.triton_support import DTYPES, LARGEST_HEAD_DIM
 from sla_video.kernels.triton_tiles import launch_on
 
@@ -98,23 +99,27 @@ def sla2_backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     blocks = {"block_q": block_q, "block_k": block_k}
     grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
-    grad_alpha = query_states = None
+    grad_alpha = states = None
     mean = key_mean if phi_k == "smoothed" else None
     with launch_on(query):
+        num_k = num_blocks(query.shape[1], block_k)
+        dropped = dropped_table(indices, counts, num_k, query.dtype)
         if alpha is not None:
             alpha = alpha.contiguous()
             states = key_states(key, mean, value, block_k)
-            grad_alpha, query_states = linear_query_backward(
+            # Each name is used again, to let go of what it stood for.
+            total_sum, states = states.sums.sum(2), sum_dropped(states, dropped)
+            grad_alpha, states = linear_query_backward(
                 grad_out,
                 query,
                 states,
-                indices,
-                counts,
+                total_sum,
                 alpha,
                 out_sparse,
                 grad_query,
                 block_q=block_q,
             )
+            states = sum_dropped(states, dropped.mT)
         row_lse, row_delta = sparse_query_backward(
             grad_out,
             query,
@@ -138,8 +143,8 @@ def sla2_backward(
             value,
             row_lse,
             row_delta,
-            invert_selection(indices, counts, num_blocks(query.shape[1], block_k)),
-            query_states,
+            invert_selection(dropped, indices.shape[-1]),
+            states,
             mean,
             grad_key,
             grad_value,

@@ -1,15 +1,14 @@
 """Backward for keys and values, of both branches.
 
 Sparse branch, over the query blocks that selected a key block (formulas in
-`triton_backward_sparse.py`); linear branch, from the states of those that did not
+`triton_backward_sparse.py`); linear branch, from the summed states of those that did not
 (`triton_backward_linear.py`):
 
     dK = dS^T Q / sqrt(D)          dV = alpha P^T dO
     dphi(k_j) = v_j D_n^T + d_n    dv_j = phi(k_j) D_n
 
-The query blocks that selected a key block are listed by `triton_inverse.py`. The program of a key
-block first writes the gradients of the linear branch, and adds to them at the end: meanwhile they
-need neither registers nor shared memory. P and dS are formed transposed, keys by queries, so that
+The query blocks that selected a key block are listed by `triton_inverse.py`. Sums over them start
+from the gradients of the linear branch. P and dS are formed transposed, keys by queries, so that
 they are left operands as they stand in registers.
 
 Layouts: query, key, value, grad_out `[B, L, H, D]` with any strides but 1 in the last dimension;
@@ -26,12 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla_video.kernels.triton_backward_states import BlockStates, dropped_state
+from sla_video.kernels.triton_backward_states import BlockStates, load_state
 from sla_video.kernels.triton_backward_tiles import (
     LOG2E,
     Launch,
     Launches,
-    as_operand,
     batch_and_head,
     choose_launch,
     head_offset,
@@ -50,6 +48,7 @@ def _linear_gradients(
     key_mean_ptr,
     state,
     state_sum,
+    factor,
     weight,
     rows_k,
     bh,
@@ -64,9 +63,8 @@ def _linear_gradients(
         x -= tl.load(key_mean_ptr + bh * D + cols, mask=cols < D, other=0.0)[None, :]
     phi = row_softmax(x, D, D_PAD)
     phi = tl.where((tl.arange(0, TILE_K) < rows_k)[:, None], phi, 0.0)
-    operand, factor = as_operand(state, key.dtype)
-    grad_value = tl.dot(phi.to(key.dtype), operand, input_precision="ieee") * (factor * weight)
-    grad_phi = tl.dot(value, tl.trans(operand), input_precision="ieee") * factor
+    grad_value = tl.dot(phi.to(key.dtype), state, input_precision="ieee") * (factor * weight)
+    grad_phi = tl.dot(value, tl.trans(state), input_precision="ieee") * factor
     grad_phi -= state_sum[None, :]
     grad_key = phi * (grad_phi - tl.sum(phi * grad_phi, 1)[:, None]) * weight
     return grad_key, grad_value
@@ -84,7 +82,6 @@ def _key_kernel(
     states_ptr,
     factors_ptr,
     sums_ptr,
-    total_ptr,
     query_blocks_ptr,
     counts_ptr,
     order_ptr,
@@ -124,37 +121,33 @@ def _key_kernel(
     # [TILE_K, D_PAD]
     key = load_rows(key_ptr, key_strides[1], rows_k, TILE_K, D, D_PAD)
     value = load_rows(value_ptr, value_strides[1], rows_k, TILE_K, D, D_PAD)
-    offset = packed_offset(b, start_k, h, length, heads, D)
-    grad_key_ptr += offset
-    grad_value_ptr += offset
+    grad_key = tl.zeros([TILE_K, D_PAD], tl.float32)
+    grad_value = tl.zeros([TILE_K, D_PAD], tl.float32)
     if states_ptr is not None:
-        state, state_sum = dropped_state(
-            total_ptr,
-            states_ptr,
-            factors_ptr,
-            sums_ptr,
-            query_blocks_ptr,
-            count,
+        state, factor, state_sum = load_state(states_ptr, factors_ptr, sums_ptr, block, bh, D_PAD)
+        # States hold features times L / D.
+        linear_key, grad_value = _linear_gradients(
+            key,
+            value,
+            key_mean_ptr,
+            state,
+            state_sum,
+            factor,
+            D / length,
+            rows_k,
             bh,
-            num_q,
+            D,
             D_PAD,
-        )
-        # Zero where every query block selected this key block. States hold features times L / D.
-        weight = tl.where(count < num_q, D / length, 0.0)
-        linear_key, linear_value = _linear_gradients(
-            key, value, key_mean_ptr, state, state_sum, weight, rows_k, bh, D, D_PAD, TILE_K
+            TILE_K,
         )
         grad_sums_ptr += (block.to(tl.int64) * tiles_k + tile) * D_PAD
         tl.store(grad_sums_ptr + tl.arange(0, D_PAD), -tl.sum(linear_key, 0))
-        store_rows(grad_key_ptr, heads * D, linear_key, rows_k, TILE_K, D, D_PAD)
-        store_rows(grad_value_ptr, heads * D, linear_value, rows_k, TILE_K, D, D_PAD)
+        grad_key = linear_key * (1.0 / scale)
 
     query_ptr += head_offset(query_strides, b, 0, h)
     grad_out_ptr += head_offset(grad_strides, b, 0, h)
     row_lse_ptr += bh * num_q * BLOCK_Q
     row_delta_ptr += bh * num_q * BLOCK_Q
-    grad_key = tl.zeros([TILE_K, D_PAD], tl.float32)
-    grad_value = tl.zeros([TILE_K, D_PAD], tl.float32)
     for step in range(0, count * tiles_q):
         start, rows = listed_tile(query_blocks_ptr, step, length, BLOCK_Q, TILE_Q)
         query_tile_ptr = query_ptr + start * query_strides[1]
@@ -173,21 +166,15 @@ def _key_kernel(
         grad_logits = weights * (along - delta[None, :])
         grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
 
+    offset = packed_offset(b, start_k, h, length, heads, D)
     grad_key *= scale
-    if states_ptr is not None:
-        # What other threads of this program have written.
-        tl.debug_barrier()
-        linear_key = load_rows(grad_key_ptr, heads * D, rows_k, TILE_K, D, D_PAD)
-        grad_key += linear_key.to(tl.float32)
-        linear_value = load_rows(grad_value_ptr, heads * D, rows_k, TILE_K, D, D_PAD)
-        grad_value += linear_value.to(tl.float32)
-    store_rows(grad_key_ptr, heads * D, grad_key, rows_k, TILE_K, D, D_PAD)
-    store_rows(grad_value_ptr, heads * D, grad_value, rows_k, TILE_K, D, D_PAD)
+    store_rows(grad_key_ptr + offset, heads * D, grad_key, rows_k, TILE_K, D, D_PAD)
+    store_rows(grad_value_ptr + offset, heads * D, grad_value, rows_k, TILE_K, D, D_PAD)
 
 
 _LAUNCHES = Launches(
-    narrow=Launch(64, 64, 4, 2, max_registers=168),
-    broad=Launch(64, 64, 4, 2),
+    narrow=Launch(64, 64, 4, 3, max_registers=168),
+    broad=Launch(32, 64, 4, 3),
     small=Launch(32, 64, 4, 2),
     float32=Launch(32, 32, 4, 1),
     float32_small=Launch(16, 32, 4, 1),
@@ -202,7 +189,7 @@ def key_backward(
     row_lse: Tensor,
     row_delta: Tensor,
     inverse: InverseLists,
-    query_states: BlockStates | None,
+    dropped: BlockStates | None,
     key_mean: Tensor | None,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -214,7 +201,8 @@ def key_backward(
 
     Args:
         row_lse, row_delta: as `sparse_query_backward` returns them.
-        query_states: of psi and dO; None where nothing is dropped anywhere.
+        dropped: states of psi and dO, summed over the query blocks that drop each key block; None
+            where nothing is dropped anywhere.
         key_mean: `[B, H, D]` float32, subtracted from the keys in phi; None for raw ones.
         grad_key, grad_value: `[B, L, H, D]` contiguous, written in place.
 
@@ -228,7 +216,7 @@ def key_backward(
     launch = choose_launch(_LAUNCHES, query)
     tile_k = min(block_k, launch.tile_k)
     tiles = num_k * (block_k // tile_k)
-    states, factors, sums, total = query_states or (None,) * 4
+    states, factors, sums = dropped or (None,) * 3
     grad_sums = None
     if states is not None:
         grad_sums = torch.empty(
@@ -245,7 +233,6 @@ def key_backward(
         states_ptr=states,
         factors_ptr=factors,
         sums_ptr=sums,
-        total_ptr=total,
         query_blocks_ptr=inverse.query_blocks,
         counts_ptr=inverse.counts,
         order_ptr=inverse.order,

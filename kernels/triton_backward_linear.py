@@ -10,8 +10,8 @@ drops, O_l = phi(q) A_m / (phi(q) . z_m) and the output O = alpha O_s + (1 - alp
     dphi(k_j) = v_j D_n^T + d_n          dv_j = phi(k_j) D_n
     dalpha_m = sum_i (dO_i . O_s_i - e_i)
 
-A_m, z_m, D_n, d_n are "everything minus what is selected": of states of key blocks, and of states
-of query blocks (`triton_backward_states.py`). The gradient then passes the softmax of phi:
+A_m, z_m, D_n, d_n are sums of states of key blocks, and of query blocks, over what is dropped
+(`triton_backward_states.py`). The gradient then passes the softmax of phi:
 dx = phi * (dphi - phi . dphi).
 
 The kernel here does query blocks: dQ, dalpha, and their states, in which psi_i = w_i phi(q_i) L / D
@@ -19,8 +19,7 @@ stands for the features: the factor L / D makes typical entries 1 / D, for float
 done in `triton_backward_key.py`, together with the sparse branch.
 
 Layouts: query, grad_out, out_sparse `[B, L, H, D]` with any strides but 1 in the last dimension;
-grad_query `[B, L, H, D]` contiguous; alpha `[B, H, M]`; indices `[B, H, M, K]`; counts `[B, H, M]`.
-Compute capability 8.0 and above.
+grad_query `[B, L, H, D]` contiguous; alpha `[B, H, M]`. Compute capability 8.0 and above.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -33,28 +32,36 @@ from torch import Tensor
 
 from sla_video.kernels.triton_backward_states import (
     BlockStates,
-    dropped_state,
     empty_states,
+    load_state,
     store_state,
-    with_totals,
 )
 from sla_video.kernels.triton_backward_tiles import (
+    LOG2E,
     Launch,
     Launches,
-    as_operand,
     batch_and_head,
     choose_launch,
     head_offset,
     packed_offset,
     rows_left,
 )
-from sla_video.kernels.triton_tiles import load_rows, row_softmax, store_rows, strides
+from sla_video.kernels.triton_tiles import load_rows, padded_dim, store_rows, strides
 
-# Dropped weight below this share of the total is rounding error of the subtraction.
+# Of a feature's sum over all tokens, the dropped ones are taken to hold this share at least: below,
+# the forward, which subtracts what is selected from the total, has but rounding errors.
 _SMALLEST_SHARE = tl.constexpr(1e-6)
 
 
-@triton.jit(do_not_specialize=["length", "num_q", "num_k", "num_selected"])
+@triton.jit
+def unscaled_softmax(x, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Softmax over the first D columns of x `[ROWS, D_PAD]`, times its sum; zero beyond."""
+    if D < D_PAD:
+        x = tl.where((tl.arange(0, D_PAD) < D)[None, :], x, float("-inf"))
+    return tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
+
+
+@triton.jit(do_not_specialize=["length", "num_q"])
 def _linear_query_kernel(
     query_ptr,
     grad_out_ptr,
@@ -62,10 +69,8 @@ def _linear_query_kernel(
     states_ptr,
     factors_ptr,
     sums_ptr,
-    total_ptr,
+    total_sum_ptr,
     alpha_ptr,
-    indices_ptr,
-    counts_ptr,
     query_states_ptr,
     query_factors_ptr,
     query_sums_ptr,
@@ -77,8 +82,6 @@ def _linear_query_kernel(
     length,
     heads,
     num_q,
-    num_k,
-    num_selected,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -91,27 +94,13 @@ def _linear_query_kernel(
     start_q = m.to(tl.int64) * BLOCK_Q
     cols = tl.arange(0, D_PAD)
 
-    count = num_selected
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + block)
-    dropped, dropped_sum = dropped_state(
-        total_ptr,
-        states_ptr,
-        factors_ptr,
-        sums_ptr,
-        indices_ptr + block * num_selected,
-        count,
-        bh,
-        num_k,
-        D_PAD,
-    )
-    state, factor = as_operand(dropped, states_ptr.dtype.element_ty)
-    dropped_sum = tl.maximum(dropped_sum, 0.0)
-    total_sum = tl.load(total_ptr + (bh + 1) * (D_PAD + 1) * D_PAD - D_PAD + cols)
+    # [D_PAD, D_PAD], [D_PAD]
+    state, factor, dropped_sum = load_state(states_ptr, factors_ptr, sums_ptr, block, bh, D_PAD)
     alpha = tl.load(alpha_ptr + block)
     # A row that drops nothing has no linear part.
-    linear_weight = tl.where(count < num_k, 1.0 - alpha, 0.0)
-    present = tl.where(count < num_k, 1.0, 0.0)
+    linear_weight = tl.where(tl.sum(dropped_sum, 0) > 0, 1.0 - alpha, 0.0)
+    total_sum = tl.load(total_sum_ptr + bh * D_PAD + cols)
+    dropped_sum = tl.maximum(dropped_sum, _SMALLEST_SHARE * total_sum)
 
     query_ptr += head_offset(query_strides, b, start_q, h)
     grad_out_ptr += head_offset(grad_strides, b, start_q, h)
@@ -132,18 +121,18 @@ def _linear_query_kernel(
         out_sparse = load_rows(tile_ptr, out_strides[1], rows, TILE_Q, D, D_PAD)
         along_sparse = tl.sum(grad_out.to(tl.float32) * out_sparse.to(tl.float32), 1)
         grad_phi = tl.dot(grad_out, tl.trans(state), input_precision="ieee") * factor
-        phi = row_softmax(query.to(tl.float32), D, D_PAD)
-        floor = _SMALLEST_SHARE * tl.sum(phi * total_sum[None, :], 1)
-        weight = tl.maximum(tl.sum(phi * dropped_sum[None, :], 1), floor)
-        along_linear = tl.sum(phi * grad_phi, 1) * (present / weight)
+        # O_l, e and w phi do not change when phi is scaled: it need not add up to 1.
+        phi = unscaled_softmax(query.to(tl.float32), D, D_PAD)
+        weight = tl.sum(phi * dropped_sum[None, :], 1)
+        along_linear = tl.sum(phi * grad_phi, 1) / weight
         grad_alpha += along_sparse - along_linear
 
-        w = linear_weight / weight
-        # O_l does not change when phi(q) is scaled, so phi . dphi = 0 and dq = phi * dphi.
-        grad_phi -= along_linear[:, None] * dropped_sum[None, :]
+        # So w phi . dphi = 0, and the softmax passes on no more than w phi * dphi.
+        phi *= (linear_weight / weight)[:, None]
+        grad_phi = phi * (grad_phi - along_linear[:, None] * dropped_sum[None, :])
         tile_ptr = grad_query_ptr + offset * heads * D
-        store_rows(tile_ptr, heads * D, phi * grad_phi * w[:, None], rows, TILE_Q, D, D_PAD)
-        psi = (phi * (w * (length / D))[:, None]).to(query.dtype)
+        store_rows(tile_ptr, heads * D, grad_phi, rows, TILE_Q, D, D_PAD)
+        psi = (phi * (length / D)).to(query.dtype)
         psi_state = tl.dot(tl.trans(psi), grad_out, psi_state, input_precision="ieee")
         psi_sum += tl.sum(along_linear[:, None] * psi.to(tl.float32), 0)
     store_state(query_states_ptr, query_factors_ptr, block, psi_state, D_PAD)
@@ -153,20 +142,21 @@ def _linear_query_kernel(
 
 
 _LAUNCHES = Launches(
-    narrow=Launch(64, 64, 8, 1, max_registers=128),
+    narrow=Launch(128, 64, 8, 1, max_registers=128),
     broad=Launch(64, 64, 8, 1),
     small=Launch(32, 64, 8, 1),
     float32=Launch(16, 16, 8, 1),
     float32_small=Launch(16, 16, 8, 1),
+    # With the matrix units of a warp group, all of a block fits into registers.
+    hopper=Launch(128, 64, 16, 1),
 )
 
 
 def linear_query_backward(
     grad_out: Tensor,
     query: Tensor,
-    key_states: BlockStates,
-    indices: Tensor,
-    counts: Tensor | None,
+    dropped: BlockStates,
+    total_sum: Tensor,
     alpha: Tensor,
     out_sparse: Tensor,
     grad_query: Tensor,
@@ -176,33 +166,31 @@ def linear_query_backward(
     """Write the gradient of the query; see `sla2_backward` for the other arguments.
 
     Args:
-        key_states: of phi(K) and V.
+        dropped: states of phi(K) and V, summed over the key blocks that each query block drops.
+        total_sum: `[B, H, D_PAD]` float32, sum of phi(K) over all tokens.
         grad_query: `[B, L, H, D]` contiguous, written in place.
 
     Returns:
-        gradient of alpha `[B, H, M]`, and the states of psi and dO, with sums of `e_i psi_i`.
+        gradient of alpha `[B, H, M]`, and the states of psi and dO, with sums of `e_i psi_i` over
+        the tokens of each query block.
     """
     batch, length, heads, head_dim = query.shape
-    num_q, num_selected = indices.shape[-2:]
-    num_k, d_pad = key_states.sums.shape[-2:]
-    launch = choose_launch(_LAUNCHES, query)
+    num_q, launch = alpha.shape[-1], choose_launch(_LAUNCHES, query)
     tile_q = min(block_q, launch.tile_q)
-    states, factors, sums = empty_states(query, num_q)
-    grad_alpha = sums.new_empty(batch, heads, num_q, tile_q)
+    found = empty_states(query, num_q)
+    grad_alpha = found.sums.new_empty(batch, heads, num_q, tile_q)
     _linear_query_kernel[(num_q, batch * heads)](
         query_ptr=query,
         grad_out_ptr=grad_out,
         out_sparse_ptr=out_sparse,
-        states_ptr=key_states.states,
-        factors_ptr=key_states.factors,
-        sums_ptr=key_states.sums,
-        total_ptr=key_states.total,
+        states_ptr=dropped.states,
+        factors_ptr=dropped.factors,
+        sums_ptr=dropped.sums,
+        total_sum_ptr=total_sum,
         alpha_ptr=alpha,
-        indices_ptr=indices,
-        counts_ptr=counts,
-        query_states_ptr=states,
-        query_factors_ptr=factors,
-        query_sums_ptr=sums,
+        query_states_ptr=found.states,
+        query_factors_ptr=found.factors,
+        query_sums_ptr=found.sums,
         grad_query_ptr=grad_query,
         grad_alpha_ptr=grad_alpha,
         query_strides=strides(query),
@@ -211,12 +199,10 @@ def linear_query_backward(
         length=length,
         heads=heads,
         num_q=num_q,
-        num_k=num_k,
-        num_selected=num_selected,
         D=head_dim,
-        D_PAD=d_pad,
+        D_PAD=padded_dim(head_dim),
         BLOCK_Q=block_q,
         TILE_Q=tile_q,
         **launch.keywords(),
     )
-    return grad_alpha.sum(-1), with_totals(states, factors, sums)
+    return grad_alpha.sum(-1), found

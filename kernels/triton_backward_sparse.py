@@ -182,7 +182,7 @@ _LAUNCHES = Launches(
 # With a second sum as large as dQ, where the forward was quantized.
 _LAUNCHES_NEAR = Launches(
     narrow=Launch(128, 32, 8, 3, max_registers=128),
-    broad=Launch(128, 64, 8, 2),
+    broad=Launch(128, 32, 8, 3),
     small=Launch(64, 32, 4, 2),
     float32=Launch(16, 32, 4, 1),
     float32_small=Launch(16, 16, 4, 1),

@@ -58,18 +58,9 @@ def listed_tile(list_ptr, step, length, BLOCK: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def as_operand(x, dtype: tl.constexpr):
-    """`x` as a matmul operand of `dtype`, and the factor that is missing from its products.
-
-    The D x D states grow with the number of tokens, beyond what float16 holds: there they are
-    brought to a largest entry of 1. The other dtypes have the range of float32.
-    """
-    factor = 1.0
-    if dtype == tl.float16:
-        largest = tl.max(tl.abs(x))
-        factor = tl.where(largest > 0, largest, 1.0)
-        x = x / factor
-    return x.to(dtype), factor
+def power_of_two(x):
+    """The smallest power of two that is not below x, for x >= 0; tiny for 0."""
+    return tl.exp2(tl.ceil(tl.log2(tl.maximum(x, 1e-30))))
 
 
 class Launch(NamedTuple):
@@ -101,6 +92,7 @@ class Launches(NamedTuple):
         broad: larger ones, with as much.
         small: less shared memory.
         float32, float32_small: more than two bytes per element; with less shared memory.
+        hopper: in place of `broad` on compute capability 9.0.
     """
 
     narrow: Launch
@@ -108,6 +100,7 @@ class Launches(NamedTuple):
     small: Launch
     float32: Launch
     float32_small: Launch
+    hopper: Launch | None = None
 
 
 def choose_launch(launches: Launches, x: torch.Tensor) -> Launch:
@@ -117,7 +110,10 @@ def choose_launch(launches: Launches, x: torch.Tensor) -> Launch:
         return launches.float32 if large else launches.float32_small
     if not large:
         return launches.small
-    return launches.narrow if padded_dim(x.shape[-1]) <= 64 else launches.broad
+    if padded_dim(x.shape[-1]) <= 64:
+        return launches.narrow
+    hopper = capability(x.device) == (9, 0) and launches.hopper
+    return hopper or launches.broad
 
 
 def _has_large_shared_memory(device: torch.device) -> bool:

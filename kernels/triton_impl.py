@@ -19,6 +19,7 @@ from torch import Tensor
 from sla_video.kernels.options import Options
 from sla_video.kernels.router import Router
 from sla_video.kernels.triton_autograd import mixed_attention
+from sla_video.kernels.triton_backward_routing import with_block_means
 from sla_video.kernels.triton_routing import plan_blocks
 from sla_video.kernels.triton_statistics import block_statistics
 from sla_video.kernels.triton_support import why_not
@@ -58,6 +59,10 @@ def sla2_triton(
         need_value_max=options.sparse_dtype in ("int8_fp8", "int8_int8"),
         need_low_query=options.sparse_dtype != "bf16",
     )
+    # One pass for the gradient of a tensor and that of its means.
+    query, query_means = with_block_means(query, statistics.query_means, block_q)
+    key, key_means = with_block_means(key, statistics.key_means, block_k)
+    statistics = statistics._replace(query_means=query_means, key_means=key_means)
     plan = plan_blocks(
         statistics.query_means,
         statistics.key_means,

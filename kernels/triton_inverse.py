@@ -1,8 +1,9 @@
 """Lists of the query blocks that selected each key block, for the backward of keys and values.
 
 The router lists key blocks per query block; gradients of a key block need the opposite. A table of
-selected pairs is made from the lists and read column by column: no atomics, so the new lists are
-the same on every run, and nothing travels to the host, so they can be built inside a CUDA graph.
+pairs is made from the lists, which also says what the linear branch sums over, and is read column
+by column: no atomics, so the new lists are the same on every run, and nothing travels to the host,
+so they can be built inside a CUDA graph.
 
 Letters: B batch, H heads, M query blocks, N key blocks, K blocks listed per query block.
 Hardware: compute capability 8.0.
@@ -24,9 +25,9 @@ class InverseLists(NamedTuple):
     """Query blocks per key block.
 
     Attributes:
-        query_blocks: `[B, H, N, M]` int16 (int32 from 2^15 query blocks on), the query blocks that
+        query_blocks: `[B * H, N, M]` int16 (int32 from 2^15 query blocks on), the query blocks that
             selected key block n in ascending order. Entries that do not count hold anything.
-        counts: `[B, H, N]` int32, how many entries of each row count.
+        counts: `[B * H, N]` int32, how many entries of each row count.
         order: `[B * H * N]` int32, the key blocks, counted through heads and batches, in the order
             to work on them.
     """
@@ -36,11 +37,11 @@ class InverseLists(NamedTuple):
     order: Tensor
 
 
-@triton.jit(do_not_specialize=["num_q", "num_k", "num_selected"])
+@triton.jit(do_not_specialize=["num_q", "num_selected", "row_stride"])
 def _mark_selected_kernel(
-    indices_ptr, counts_ptr, table_ptr, num_q, num_k, num_selected, ENTRIES: tl.constexpr
+    indices_ptr, counts_ptr, table_ptr, num_q, num_selected, row_stride, ENTRIES: tl.constexpr
 ):
-    """Set table `[B * H, M, N]` to 1 at the pairs that the lists of one head name."""
+    """Set table `[B * H, M, N]` to 0 at the pairs that the lists of one head name."""
     bh = tl.program_id(1).to(tl.int64)
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     m = entry // num_selected
@@ -50,27 +51,35 @@ def _mark_selected_kernel(
         valid = valid & (entry % num_selected < count)
     n = tl.load(indices_ptr + bh * num_q * num_selected + entry, mask=valid, other=0)
     row = bh * num_q + m
-    tl.store(table_ptr + row * num_k + n, tl.full([ENTRIES], 1, tl.int8), mask=valid)
+    zeros = tl.zeros([ENTRIES], table_ptr.dtype.element_ty)
+    tl.store(table_ptr + row * row_stride + n, zeros, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_q", "num_k"])
+@triton.jit(do_not_specialize=["num_q", "num_k", "row_stride"])
 def _list_columns_kernel(
-    table_ptr, query_blocks_ptr, counts_ptr, num_q, num_k, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    table_ptr,
+    query_blocks_ptr,
+    counts_ptr,
+    num_q,
+    num_k,
+    row_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Lists and counts of some key blocks: the rows in which their columns of the table hold 1."""
+    """Lists and counts of some key blocks: the rows in which their columns of the table hold 0."""
     bh = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     exists = n < num_k
     rows = tl.arange(0, ROWS)
     list_ptr = query_blocks_ptr + (bh * num_k + n).to(tl.int64) * num_q
-    table_ptr += bh * num_q * num_k
+    table_ptr += bh * num_q * row_stride
     count = tl.zeros([COLUMNS], tl.int32)
     for start in range(0, num_q, ROWS):
         m = start + rows
-        offset = m.to(tl.int64)[:, None] * num_k + n[None, :]
+        offset = m.to(tl.int64)[:, None] * row_stride + n[None, :]
         mask = (m < num_q)[:, None] & exists[None, :]
         # [ROWS, COLUMNS]
-        selected = tl.load(table_ptr + offset, mask=mask, other=0).to(tl.int32)
+        selected = (tl.load(table_ptr + offset, mask=mask, other=1) == 0).to(tl.int32)
         position = count[None, :] + tl.cumsum(selected, 0) - 1
         block = tl.broadcast_to(m[:, None], [ROWS, COLUMNS])
         block = block.to(query_blocks_ptr.dtype.element_ty)
@@ -104,48 +113,65 @@ def _long_lists_first_kernel(counts_ptr, order_ptr, num_lists, long, LISTS: tl.c
 _LONG = 4
 
 
-def invert_selection(indices: Tensor, counts: Tensor | None, num_k: int) -> InverseLists:
-    """Invert lists of selected key blocks.
+# Entries at which a matrix unit's library wants the rows of a 16-bit matrix to start.
+_ALIGNMENT = 8
+
+
+def dropped_table(
+    indices: Tensor, counts: Tensor | None, num_k: int, dtype: torch.dtype = torch.int8
+) -> Tensor:
+    """Table `[B * H, M, N]`: 0 where a query block selected a key block, 1 elsewhere.
 
     Args:
-        indices: `[B, H, M, K]` int32 in [0, N), contiguous, distinct within the part of a row that
-            counts.
+        indices: `[B, H, M, K]` int32 in [0, N), contiguous.
         counts: `[B, H, M]` int32, contiguous, how many entries of each row count; None when all do.
         num_k: N.
     """
     batch, heads, num_q, kept = indices.shape
-    bh = batch * heads
-    table = indices.new_zeros(bh, num_q, num_k, dtype=torch.int8)
-    _mark_selected_kernel[(triton.cdiv(num_q * kept, 1024), bh)](
+    width = triton.cdiv(num_k, _ALIGNMENT) * _ALIGNMENT
+    table = indices.new_ones(batch * heads, num_q, width, dtype=dtype)[..., :num_k]
+    _mark_selected_kernel[(triton.cdiv(num_q * kept, 1024), batch * heads)](
         indices_ptr=indices,
         counts_ptr=counts,
         table_ptr=table,
         num_q=num_q,
-        num_k=num_k,
         num_selected=kept,
+        row_stride=width,
         ENTRIES=1024,
         num_warps=4,
     )
+    return table
+
+
+def invert_selection(dropped: Tensor, kept: int) -> InverseLists:
+    """Query blocks per key block.
+
+    Args:
+        dropped: as `dropped_table` returns it.
+        kept: entries of a list of key blocks, at most.
+    """
+    heads, num_q, num_k = dropped.shape
     small = torch.int16 if num_q < 2**15 else torch.int32
-    query_blocks = indices.new_empty(batch, heads, num_k, num_q, dtype=small)
-    lengths = indices.new_empty(batch, heads, num_k, dtype=torch.int32)
-    _list_columns_kernel[(triton.cdiv(num_k, 32), bh)](
-        table_ptr=table,
+    lengths = torch.empty(heads, num_k, dtype=torch.int32, device=dropped.device)
+    query_blocks = lengths.new_empty(heads, num_k, num_q, dtype=small)
+    _list_columns_kernel[(triton.cdiv(num_k, 32), heads)](
+        table_ptr=dropped,
         query_blocks_ptr=query_blocks,
         counts_ptr=lengths,
         num_q=num_q,
         num_k=num_k,
+        row_stride=dropped.stride(1),
         ROWS=64,
         COLUMNS=32,
         num_warps=4,
     )
     # Some key blocks are selected by nearly every query block. Started last, one of them would keep
     # the whole GPU waiting. The others stay in order, since those of one head share a cache.
-    order = indices.new_empty(bh * num_k, dtype=torch.int32)
+    order = lengths.new_empty(heads * num_k)
     _long_lists_first_kernel[(1,)](
         counts_ptr=lengths,
         order_ptr=order,
-        num_lists=bh * num_k,
+        num_lists=heads * num_k,
         long=triton.cdiv(_LONG * kept * num_q, num_k),
         LISTS=4096,
         num_warps=8,

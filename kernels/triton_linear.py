@@ -89,8 +89,9 @@ def _linear_mix_kernel(
     HAS_COUNTS: tl.constexpr,
 ):
     """Queries are mixed TILE_Q at a time, which bounds registers."""
-    m = tl.program_id(0)
-    bh = tl.program_id(1)
+    # Backwards: the end of what the sparse kernel has just written is still in the cache.
+    m = num_q - 1 - tl.program_id(0)
+    bh = tl.num_programs(1) - 1 - tl.program_id(1)
     b = (bh // heads).to(tl.int64)
     h = bh % heads
     offs_d = tl.arange(0, D_PAD)
@@ -148,26 +149,31 @@ def _linear_mix_kernel(
     weight = total_weight - weight
     # Entries of the state are below the largest weight times |v|: no overflow in float16.
     unit = 1.0 / tl.maximum(tl.max(weight, 0), 1e-20)
-    state = (state * unit).to(query_ptr.dtype.element_ty)
+    # A row that drops nothing has no linear part: what is left of its state is noise.
+    state = (state * tl.where(count < num_k, unit, 0.0)).to(query_ptr.dtype.element_ty)
     LEAST: tl.constexpr = 0.0009765625 if FEATURES == "fp8" else 9.5367431640625e-07
-    alpha = tl.load(alpha_ptr + row)
+    alpha = tl.where(count < num_k, tl.load(alpha_ptr + row), 1.0)
 
     for offset in tl.static_range(0, BLOCK_Q, TILE_Q):
         rows_q = length - m * BLOCK_Q - offset
         start_q = m.to(tl.int64) * BLOCK_Q + offset
         query_base_ptr = query_ptr + b * stride_qb + h * stride_qh + start_q * stride_ql
         query = load_rows(query_base_ptr, stride_ql, rows_q, TILE_Q, D, D_PAD)
-        phi_q = row_softmax(query.to(tl.float32), D, D_PAD)
+        # phi(q) but for its denominator, which cancels.
+        x = query.to(tl.float32)
+        if D < D_PAD:
+            x = tl.where((offs_d < D)[None, :], x, float("-inf"))
+        top = tl.max(x, 1) * 1.4426950408889634
+        phi_q = tl.exp2(x * 1.4426950408889634 - top[:, None])
         floor = tl.sum(phi_q * total_weight[None, :], 1) * LEAST
         divisor = tl.maximum(tl.sum(phi_q * weight[None, :], 1), floor)
         # For float32, split operands would not fit into shared memory here.
         linear = tl.dot(phi_q.to(query.dtype), state, input_precision="ieee")
-        linear = linear * (1.0 / (divisor * unit))[:, None]
+        share = (1.0 - alpha) / (divisor * unit)
 
         sparse_base_ptr = sparse_ptr + b * stride_sb + h * stride_sh + start_q * stride_sl
         sparse = load_rows(sparse_base_ptr, stride_sl, rows_q, TILE_Q, D, D_PAD).to(tl.float32)
-        # A row that drops nothing has no linear part: what is computed for it above is noise.
-        out = tl.where(count < num_k, alpha * sparse + (1.0 - alpha) * linear, sparse)
+        out = linear * share[:, None] + sparse * alpha
         out_base_ptr = out_ptr + b * stride_ob + h * stride_oh + start_q * stride_ol
         store_rows(out_base_ptr, stride_ol, out, rows_q, TILE_Q, D, D_PAD)
 

@@ -13,8 +13,8 @@ maximum r and P = 2^(S - r) in [0, 1], in base 2 with log2(e) / sqrt(D) folded i
 
 P's scale costs nothing: it moves the exponent by log2(448) or log2(127) and cancels in O_s. Row
 sums are of P before it is rounded. Low-bit keys are smoothed, which takes q . mean(K) / sqrt(D) off
-each logit; the log-sum-exp gets it back. Q is best quantized by `block_statistics`: a tile that
-comes from memory is multiplied from shared memory and leaves registers to other matrix products.
+each logit; the log-sum-exp gets it back. Q_8 is read, not made here: a tile that comes from memory
+is multiplied from shared memory and leaves registers to other matrix products.
 
 Layouts: query, key, value and the output are `[B, L, H, D]`, low-bit operands are those of
 `triton_statistics` and `triton_prepare`. Hardware: compute capability 8.0; FP8 8.9.
@@ -39,7 +39,6 @@ from sla_video.kernels.triton_tiles import (
     launch_on,
     load_rows,
     padded_dim,
-    quantization_scale,
     round_to_int8,
     store_rows,
     strides,
@@ -103,16 +102,13 @@ def _sparse_forward_kernel(
     row = bh.to(tl.int64) * num_q + m
     scale_log2 = scale * 1.4426950408889634
     first_block = bh.to(tl.int64) * num_k
-    if low_query_ptr is not None:
+    if LOW_KEYS:
         query_scale = tl.load(query_scale_ptr + row)
         offs_q = tl.arange(0, BLOCK_Q)
         tile_q = offs_q[:, None] * D_PAD + offs_d[None, :]
         query = tl.load(low_query_ptr + row * (BLOCK_Q * D_PAD) + tile_q)
     else:
         query = load_rows(query_base_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
-        if LOW_KEYS:
-            query_scale = quantization_scale(tl.max(tl.abs(query.to(tl.float32))), 127.0)
-            query = round_to_int8(query.to(tl.float32) * (1.0 / query_scale))
     if LOW_KEYS:
         scale_log2 = scale_log2 * query_scale
         key_base_ptr = key_ptr + first_block * (BLOCK_K * D_PAD)
@@ -135,27 +131,41 @@ def _sparse_forward_kernel(
         count = tl.load(counts_ptr + row)
     # Without a way around the loop, its matrix products need not wait for each other.
     tl.assume(count > 0)
+    # An integer s added to the bits of 1.5 * 2^23 makes the float 1.5 * 2^23 + s: no conversion.
+    BITS: tl.constexpr = 0x4B400000
+    OFFSET: tl.constexpr = 12582912.0
+    # As a float it is about -4e37, whatever is added: the score of an absent key.
+    ABSENT_BITS: tl.constexpr = -0x2000000
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     for i in range(0, count):
-        n = tl.load(indices_row_ptr + i).to(tl.int64)
-        rows_k = length - n * BLOCK_K
+        index = tl.load(indices_row_ptr + i)
+        n = index.to(tl.int64)
+        rows_k = length - index * BLOCK_K
         # [BLOCK_Q, BLOCK_K]
         if LOW_KEYS:
             key = tl.load(key_base_ptr + n * (BLOCK_K * D_PAD) + tile)
             step = scale_log2 * tl.load(key_scale_ptr + first_block + n)
-            scores = tl.dot(query, tl.trans(key), out_dtype=tl.int32).to(tl.float32)
+            bits = tl.where(offs_k < rows_k, BITS, ABSENT_BITS)[None, :]
+            bits = tl.broadcast_to(bits, (BLOCK_Q, BLOCK_K))
+            bits = tl.dot(query, tl.trans(key), bits, out_dtype=tl.int32)
+            scores = bits.to(tl.float32, bitcast=True)
+            top = tl.max(scores, 1) - OFFSET
         else:
             start_ptr = key_base_ptr + n * BLOCK_K * stride_kl
             key = load_rows(start_ptr, stride_kl, rows_k, BLOCK_K, D, D_PAD)
             step = scale_log2
             scores = tl.dot(query, tl.trans(key), input_precision="tf32x3")
-        if rows_k < BLOCK_K:
-            scores = tl.where((offs_k < rows_k)[None, :], scores, float("-inf"))
+            if rows_k < BLOCK_K:
+                scores = tl.where((offs_k < rows_k)[None, :], scores, float("-inf"))
+            top = tl.max(scores, 1)
         # Scales are positive, so scaling the maximum is enough.
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * step)
-        weights = tl.exp2(scores * step - (new_max - peak)[:, None])
+        new_max = tl.maximum(row_max, top * step)
+        shift = new_max - peak
+        if LOW_KEYS:
+            shift += OFFSET * step
+        weights = tl.exp2(scores * step - shift[:, None])
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
@@ -193,8 +203,8 @@ def _sparse_forward_kernel(
 # tiles fit the 99 KiB of shared memory of the smallest GPUs.
 _CONFIGS = {
     (9, "bf16", 128): LaunchConfig(8, 3),
-    (9, "int8", 128): LaunchConfig(4, 3),
-    (9, "int8_fp8", 128): LaunchConfig(4, 3),
+    (9, "int8", 128): LaunchConfig(4, 5),
+    (9, "int8_fp8", 128): LaunchConfig(4, 5),
     (9, "int8_int8", 128): LaunchConfig(8, 3),
     (0, "bf16", 128): LaunchConfig(8, 2),
     (0, "int8", 128): LaunchConfig(8, 2),
@@ -238,7 +248,7 @@ def sparse_forward(
             visited. None visits all.
         key_mean: `[B, H, D]` float32, mean key over tokens.
         operands: what `prepare_keys` made of key and value for this `sparse_dtype`.
-        low_query, query_scale: of `block_statistics`, for low-bit keys; None quantizes here.
+        low_query, query_scale: of `block_statistics`, for low-bit keys.
         need_lse: return the log-sum-exp too.
 
     Returns:
@@ -247,6 +257,7 @@ def sparse_forward(
     """
     batch, length, heads, head_dim = query.shape
     pad = padded_dim(head_dim)
+    assert (low_query is None) == (operands.low_keys is None), "Q and K are multiplied as one type"
     keys = key if operands.low_keys is None else operands.low_keys
     values = value if operands.low_values is None else operands.low_values
     out = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -5,8 +5,8 @@
     value_max[d]   = max_j |V[j, d]|, where P V will be low-bit
     low_query[m]   = round(Q[m] / s_m), s_m = max|Q[m]| / 127, where Q K^T will be
 
-Inputs are `[B, L, H, D]` with any strides but 1 along D, each read once. A token gets the gradient
-of its block's mean divided by the tokens of the block. Hardware: compute capability 8.0.
+Inputs are `[B, L, H, D]` with any strides but 1 along D, each read once from memory. Nothing here
+has a gradient; that of the means is in `triton_backward_routing`. Hardware: compute capability 8.0.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -14,14 +14,14 @@ of its block's mean divided by the tokens of the block. Hardware: compute capabi
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla_video.kernels.routing import block_counts, num_blocks
+from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_tiles import (
     launch_on,
     load_rows,
@@ -37,7 +37,7 @@ class BlockStatistics(NamedTuple):
 
     Attributes:
         query_means, key_means: `[B, H, M, D]`, `[B, H, N, D]`, means over the tokens of a block.
-        key_mean: `[B, H, D]`, mean over all tokens, detached.
+        key_mean: `[B, H, D]`, mean over all tokens.
         value_max: `[B, H, D]`, largest |v| of each channel; None unless asked for.
         low_query, query_scale: INT8 `[B, H, M, block_q, P]`, padded with zeros to whole blocks and
             to P = `padded_dim(D)`, and its scales `[B, H, M]`; None unless asked for.
@@ -51,7 +51,7 @@ class BlockStatistics(NamedTuple):
     query_scale: Tensor | None = None
 
 
-@triton.jit(do_not_specialize=["length", "num_q", "num_k"])
+@triton.jit(do_not_specialize=["length", "num_q", "num_k", "all_q"])
 def _block_statistics_kernel(
     query_ptr,
     key_ptr,
@@ -74,36 +74,59 @@ def _block_statistics_kernel(
     length,
     num_q,
     num_k,
+    all_q,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
 ):
-    """One program per block: M of queries, then N of keys and values."""
-    block = tl.program_id(0)
-    bh = tl.program_id(1)
-    b = (bh // heads).to(tl.int64)
-    h = bh % heads
+    """One program per block: those of queries of all heads, then those of keys and values.
+
+    In this order the L2 cache holds keys and values at the end, which are read again.
+    """
     offs_d = tl.arange(0, D_PAD)
-    if block < num_q:
-        start = block * BLOCK_Q
-        base_ptr = query_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_ql
-        query = load_rows(base_ptr, stride_ql, length - start, BLOCK_Q, D, D_PAD).to(tl.float32)
-        mean = tl.sum(query, 0) / tl.minimum(length - start, BLOCK_Q)
+    index = tl.program_id(0)
+    if index < all_q:
+        bh = index // num_q
+        block = index % num_q
+        b = (bh // heads).to(tl.int64)
+        h = bh % heads
         row = bh.to(tl.int64) * num_q + block
+        start = block * BLOCK_Q
+        rows = length - start
+        base_ptr = query_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_ql
+        total = tl.zeros([TILE_Q, D_PAD], tl.float32)
+        peak = tl.zeros([TILE_Q, D_PAD], tl.float32)
+        for offset in range(0, BLOCK_Q, TILE_Q):
+            tile_ptr = base_ptr + tl.cast(offset, tl.int64) * stride_ql
+            query = load_rows(tile_ptr, stride_ql, rows - offset, TILE_Q, D, D_PAD).to(tl.float32)
+            total += query
+            if low_query_ptr is not None:
+                peak = tl.maximum(peak, tl.abs(query))
+        mean = tl.sum(total, 0) / tl.minimum(rows, BLOCK_Q)
         tl.store(query_means_ptr + row * D + offs_d, mean, mask=offs_d < D)
         if low_query_ptr is not None:
-            scale = quantization_scale(tl.max(tl.abs(query)), 127.0)
+            scale = quantization_scale(tl.max(peak), 127.0)
             tl.store(query_scale_ptr + row, scale)
-            tile = tl.arange(0, BLOCK_Q)[:, None] * D_PAD + offs_d[None, :]
             low_base_ptr = low_query_ptr + row * (BLOCK_Q * D_PAD)
-            tl.store(low_base_ptr + tile, round_to_int8(query * (1.0 / scale)))
+            tile = tl.arange(0, TILE_Q)[:, None] * D_PAD + offs_d[None, :]
+            for offset in range(0, BLOCK_Q, TILE_Q):
+                # From a cache: with whole blocks in registers, too few programs run at a time.
+                tile_ptr = base_ptr + tl.cast(offset, tl.int64) * stride_ql
+                query = load_rows(tile_ptr, stride_ql, rows - offset, TILE_Q, D, D_PAD)
+                low = round_to_int8(query.to(tl.float32) * (1.0 / scale))
+                tl.store(low_base_ptr + offset * D_PAD + tile, low)
     else:
-        start = (block - num_q) * BLOCK_K
+        bh = (index - all_q) // num_k
+        block = (index - all_q) % num_k
+        b = (bh // heads).to(tl.int64)
+        h = bh % heads
+        start = block * BLOCK_K
         rows = length - start
         base_ptr = key_ptr + b * stride_kb + h * stride_kh + start.to(tl.int64) * stride_kl
         key = load_rows(base_ptr, stride_kl, rows, BLOCK_K, D, D_PAD).to(tl.float32)
-        offs = (bh.to(tl.int64) * num_k + block - num_q) * D + offs_d
+        offs = (bh.to(tl.int64) * num_k + block) * D + offs_d
         if value_max_ptr is not None:
             base_ptr = value_ptr + b * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vl
             value = load_rows(base_ptr, stride_vl, rows, BLOCK_K, D, D_PAD)
@@ -170,7 +193,7 @@ def _block_statistics(
     query_scale = empty(batch, heads, num_q) if need_low_query else empty(0)
     columns = 32
     with launch_on(query):
-        _block_statistics_kernel[(num_q + num_k, batch * heads)](
+        _block_statistics_kernel[((num_q + num_k) * batch * heads,)](
             query,
             key,
             value,
@@ -186,11 +209,13 @@ def _block_statistics(
             length,
             num_q,
             num_k,
+            num_q * batch * heads,
             D=head_dim,
             D_PAD=pad,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            num_warps=8 if need_low_query and pad == 128 else 4,
+            TILE_Q=min(block_q, 32),
+            num_warps=4,
         )
         _all_blocks_kernel[(pad // columns, batch * heads)](
             key_means,
@@ -232,33 +257,6 @@ def _(
     )
 
 
-def _remember_blocks(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, _, _, ctx.block_q, ctx.block_k, _, _ = inputs
-    ctx.length, ctx.dtype = query.shape[1], query.dtype
-    # Zeros for low_query would be as large as Q.
-    ctx.set_materialize_grads(False)
-
-
-def _gradients_of_means(
-    ctx: Any, query_means: Tensor | None, key_means: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    query = key = None
-    if ctx.needs_input_grad[0] and query_means is not None:
-        query = _for_each_token(query_means, ctx.block_q, ctx.length, ctx.dtype)
-    if ctx.needs_input_grad[1] and key_means is not None:
-        key = _for_each_token(key_means, ctx.block_k, ctx.length, ctx.dtype)
-    return query, key, None, None, None, None, None
-
-
-def _for_each_token(grad: Tensor, block: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Gradient of tokens `[B, L, H, D]` from that of the means of their blocks `[B, H, N, D]`."""
-    share = grad / block_counts(length, block, grad)[:, None]
-    return share.to(dtype).transpose(1, 2).repeat_interleave(block, 1)[:, :length]
-
-
-_block_statistics.register_autograd(_gradients_of_means, setup_context=_remember_blocks)
-
-
 def block_statistics(
     query: Tensor,
     key: Tensor,
@@ -270,16 +268,19 @@ def block_statistics(
     need_low_query: bool = False,
 ) -> BlockStatistics:
     """Pass 1 over query, key (and value) `[B, L, H, D]`, each contiguous along D."""
-    # No gradient is needed of low-bit values and of what scales them, since those of unquantized
-    # ones are used, nor of key_mean: neither logit(p) nor O_s depends on it, and phi(K) is
-    # differentiated elsewhere.
     query_means, key_means, key_mean, value_max, low_query, query_scale = _block_statistics(
-        query, key, value.detach(), block_q, block_k, need_value_max, need_low_query
+        query.detach(),
+        key.detach(),
+        value.detach(),
+        block_q,
+        block_k,
+        need_value_max,
+        need_low_query,
     )
     return BlockStatistics(
         query_means,
         key_means,
-        key_mean.detach(),
+        key_mean,
         value_max if need_value_max else None,
         low_query if need_low_query else None,
         query_scale if need_low_query else None,

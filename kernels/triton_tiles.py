@@ -128,3 +128,27 @@ def launch_on(x: Tensor) -> AbstractContextManager[Any]:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU; (0, 0) for a CPU, where Triton interprets."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for a CPU, where Triton interprets."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def blocks_per_program(num_k: int, heads: int, programs: int) -> int:
+    """The run of key blocks that keeps `programs` busy at a time, and most of them to the end.
+
+    Args:
+        heads: B x H. A run stays within one of them.
+    """
+    busy, runs = 0.0, 1
+    for waves in range(1, 5):
+        some = max(1, min(num_k, waves * programs // heads))
+        rounds = -(-some * heads // programs)
+        # Fewer runs are better, if it is by little that more would be busy.
+        if some * heads / (rounds * programs) > busy + 0.03:
+            busy, runs = some * heads / (rounds * programs), some
+    return -(-num_k // runs)

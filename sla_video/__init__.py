@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sla_video.kernels.api import exact_recall as exact_recall
     from sla_video.kernels.api import sla2_attention as sla2_attention
     from sla_video.kernels.router import Router as Router
+    from sla_video.kernels.warmup import warmup as warmup
     from sla_video.pipelines.handle import SLAHandle as SLAHandle
     from sla_video.pipelines.patching import disable_sla as disable_sla
     from sla_video.pipelines.patching import enable_sla as enable_sla
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "load_routers": "sla_video.pipelines.router_files",
     "save_routers": "sla_video.pipelines.router_files",
     "sla2_attention": "sla_video.kernels.api",
+    "warmup": "sla_video.kernels.warmup",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "load_routers",
     "save_routers",
     "sla2_attention",
+    "warmup",
 ]
 
 

@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,50 +193,81 @@ def generate(
 
 @app.command()
 def bench(
+    context: typer.Context,
     length: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens; give it several times to compare.  [default: 7168]"),
+        typer.Option(
+            help="Tokens; may be repeated.  [default: 7168; on a GPU Wan's at 480p and 720p]"
+        ),
     ] = None,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    head_dim: Annotated[int, typer.Option(help="Numbers in a head.")] = 64,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads.  [default: 4; on a GPU 12]")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Numbers in a head.  [default: 64; on a GPU 128]")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     sparsity: Annotated[
         list[float] | None,
         typer.Option(
-            help="Share left to the linear branch; give it several times to compare.  "
-            "[default: 0.9, 0.95 and 0.97]"
+            help="Share left to the linear branch; may be repeated.  [default: 0.9, 0.95, 0.97]"
         ),
+    ] = None,
+    sparse_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bf16, int8, int8_fp8 or int8_int8.  [default: bf16; on a GPU the fastest it has]"
+        ),
+    ] = None,
+    growth: Annotated[
+        bool | None,
+        typer.Option(help="Also time 8192 to 524288 tokens.  [default: on a GPU without a shape]"),
     ] = None,
     device: _Device = None,
     dtype: _Dtype = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs; the table shows medians.")] = 5,
-    as_json: _Json = False,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Timed runs; medians are shown.  [default: 5; on a GPU for seconds]"),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write everything there; - for stdout."),
+    ] = None,
 ) -> None:
     """Time dense attention and SLA2 on this machine.
 
+    On a GPU each figure is preceded by a comparison with the float64 reference, and other
+    attention packages are timed too where they are installed.
+
     \b
-    Example:
-      sla-video bench --length 7168 --heads 4 --head-dim 64 --sparsity 0.97
+    Examples:
+      sla-video bench
+      sla-video bench --length 7168 --heads 4 --head-dim 64 --sparsity 0.97 --json times.json
     """
     from sla_video.pipelines.attention_bench import BenchRequest, bench_attention, bench_tables
+    from sla_video.pipelines.json_file import JsonFile
     from sla_video.pipelines.progress import TerminalProgress
 
     request = BenchRequest(
-        lengths=tuple(length or (7168,)),
+        lengths=tuple(length) if length else None,
         heads=heads,
         head_dim=head_dim,
         batch=batch,
         sparsities=tuple(sparsity or (0.9, 0.95, 0.97)),
+        sparse_dtype=sparse_dtype,
+        growth=growth,
         device=device,
         dtype=dtype,
         repeats=repeats,
     )
+    file = JsonFile(json_file)
     with TerminalProgress() as progress:
-        result = bench_attention(request, progress=progress)
-    if as_json:
+        result = bench_attention(request, progress=progress, command=context.obj)
+    if file.is_stdout:
         typer.echo(json.dumps(result, indent=2))
-    else:
-        _print_tables(bench_tables(result))
+        return
+    file.write(result)
+    _print_tables(bench_tables(result))
 
 
 @app.command()
@@ -273,11 +305,13 @@ def _print_tables(tables: Sequence[Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on `arguments` (default `sys.argv`) and return its exit code."""
     command = typer.main.get_command(app)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     return run_command(
         lambda: command.main(
-            args=None if arguments is None else list(arguments),
+            args=given,
             prog_name=PROGRAM,
             standalone_mode=False,
+            obj=shlex.join([PROGRAM, *given]),
         )
     )
 

@@ -154,7 +154,8 @@ def kernel_gradients(case, out_sparse, lse, **changes):
         "lse": lse.float(),
         "grad_lse": case.grad_lse,
     }
-    with poisoned_memory():
+    # Matrix products of torch are the same on every run, but it does not promise so.
+    with poisoned_memory(warn_only=True):
         query, key, value, key_mean, alpha = sla2_backward(**(arguments | case.settings | changes))
     assert (key_mean is None) == (case.alpha is None or case.settings["phi_k"] == "raw")
     if key_mean is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import SMALL, call
+from cli_tools import SMALL, assert_refused, call, files_below
 
 import sla_video
-from sla_video.pipelines import environment, model_source
+from sla_video.pipelines import attention_bench, environment, json_file, model_source
 from sla_video.pipelines.tiny_wan.grammar import GRAMMAR_TEXT
 
 BENCH = ("--heads", "2", "--head-dim", "16", "--repeats", "2", "--device", "cpu")
@@ -34,13 +35,15 @@ def test_bench_prints_a_table() -> None:
 
 
 def test_bench_json() -> None:
-    outcome = call("bench", "--length", 100, "--length", 200, "--sparsity", 0.5, *BENCH, "--json")
-    result = json.loads(outcome.out)
+    arguments = ("bench", "--length", 100, "--length", 200, "--sparsity", 0.5, *BENCH)
+    result = json.loads(call(*arguments, "--json", "-").out)
     assert result["device"] == "cpu"
     assert result["dtype"] == "float32"
     assert result["repeats"] == 2
     assert result["threads"] == torch.get_num_threads()
     assert result["versions"]["sla-video"] == sla_video.__version__
+    assert result["command"].startswith("sla-video bench --length 100 --length 200 --sparsity 0.5")
+    assert abs((datetime.now(timezone.utc) - datetime.fromisoformat(result["date"])).days) < 1
     assert [shape["length"] for shape in result["shapes"]] == [100, 200]
     for shape in result["shapes"]:
         assert (shape["batch"], shape["heads"], shape["head_dim"]) == (1, 2, 16)
@@ -51,6 +54,108 @@ def test_bench_json() -> None:
         for row in rows:
             ratio = dense["milliseconds"] / row["milliseconds"]
             assert row["speedup"] == pytest.approx(ratio)
+
+
+def test_bench_writes_json_beside_the_table(here: Path) -> None:
+    (here / "times.json").write_text("old")
+    outcome = call("bench", "--length", 100, *BENCH, "--json", "times.json")
+    assert "| SLA2 torch" in outcome.out
+    assert json.loads((here / "times.json").read_text())["shapes"][0]["length"] == 100
+    assert files_below(here) == ["times.json"]
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("none/x.json", "no folder none"), (".", "is a folder"), ("full.json", "No space left")],
+)
+def test_bench_json_that_cannot_be_written(
+    file: str, words: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (here / "full.json").write_text("old")
+    monkeypatch.setattr(json_file.os, "replace", full)
+    if file != "full.json":
+        # Refused before anything is timed.
+        monkeypatch.setattr(attention_bench, "bench_attention", None)
+    assert_refused(call("bench", "--length", 100, *BENCH, "--json", file), "cannot write", words)
+    assert files_below(here) == ["full.json"]
+    assert (here / "full.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--growth"], "`growth` needs a GPU"),
+        (["--sparse-dtype", "int8"], "only simulates"),
+        (["--sparse-dtype", "int4"], "`sparse_dtype` must be one of bf16, int8, int8_fp8"),
+    ],
+)
+def test_bench_of_what_a_cpu_does_not_have(arguments: list[str], words: str) -> None:
+    assert_refused(call("bench", *BENCH, *arguments), words)
+
+
+class TestBenchOnAGpu:
+    """The report for GPUs, by interpreted kernels on a CPU."""
+
+    @pytest.fixture(autouse=True)
+    def kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("triton", reason="Triton has no build for this platform")
+        from sla_video.kernels import gpu_bench, peers
+
+        monkeypatch.setattr(attention_bench, "_has_kernels", lambda *_: True)
+        monkeypatch.setattr(peers.Peer, "installed", lambda self: None)
+        monkeypatch.setattr(gpu_bench, "GROWTH_LENGTHS", (70, 90))
+        small = gpu_bench.Shape(name="small", length=100, heads=1, head_dim=32)
+        monkeypatch.setattr(gpu_bench, "WAN_SHAPES", (small,))
+
+    ARGUMENTS = ("bench", "--device", "cpu", "--dtype", "bf16", "--repeats", "1")
+
+    def test_without_a_shape_it_is_the_whole_report(self, here: Path) -> None:
+        outcome = call(*self.ARGUMENTS, "--sparsity", 0.5, "--json", "times.json")
+        assert outcome.code == 0, outcome.err
+        for words in (
+            "small: [1, 100, 1, 32], int8_fp8",
+            "relative L2 error to the float64 reference: ",
+            "% at 0.5",
+            "dense cuDNN did not run: RuntimeError",
+            "| ratio to FlashAttention-2 |",
+            "SLA2 sparse kernel alone",
+            "Milliseconds by length, 1 heads of 32, SLA2 at sparsity 0.5",
+        ):
+            assert words in " ".join(outcome.out.split()), outcome.out
+        result = json.loads((here / "times.json").read_text())
+        assert {"triton", "cuda", "driver", "cudnn"} <= result["gpu"].keys()
+        assert result["peers"]["sageattention"] == "not installed"
+        assert [row["length"] for row in result["growth"]["rows"]] == [70, 90]
+        (shape,) = result["shapes"]
+        assert shape["name"] == "small" and 0 < shape["errors"]["0.5"] < 0.04
+        assert {row["direction"] for row in shape["rows"]} == {"forward"}
+
+    def test_a_shape_of_ones_own(self) -> None:
+        sizes = ("--length", 80, "--heads", 1, "--head-dim", 32, "--sparsity", 0.5)
+        outcome = call(*self.ARGUMENTS, *sizes, "--sparse-dtype", "bf16", "--json", "-")
+        result = json.loads(outcome.out)
+        assert result["sparse_dtype"] == "bf16" and result["growth"] is None
+        (shape,) = result["shapes"]
+        assert (shape["length"], shape["heads"], shape["head_dim"]) == (80, 1, 32)
+        assert "forward + backward" in {row["direction"] for row in shape["rows"]}
+
+    def test_too_little_memory_is_said_in_the_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sla_video.kernels import gpu_bench
+
+        def full(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+        monkeypatch.setattr(gpu_bench, "time_forward", full)
+        outcome = call(*self.ARGUMENTS, "--sparsity", 0.5, "--no-growth")
+        assert outcome.code == 0
+        assert "out of memory" in outcome.out
+
+    def test_head_dims_beyond_the_kernels_are_refused(self) -> None:
+        outcome = call(*self.ARGUMENTS, "--length", 80, "--heads", 1, "--head-dim", 256)
+        assert_refused(outcome, "head dimensions up to 128, got 256")
 
 
 def test_info_names_what_is_here() -> None:

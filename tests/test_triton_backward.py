@@ -16,6 +16,8 @@ from triton_cases import DEVICE, inside_nan, needs_triton, relative
 
 from sla_video.kernels.reference import sla2_reference
 from sla_video.kernels.routing import route
+from sla_video.kernels.triton_backward_states import key_states, sum_dropped
+from sla_video.kernels.triton_inverse import dropped_table
 
 pytestmark = needs_triton
 
@@ -154,6 +156,30 @@ def test_key_block_that_nobody_or_everybody_selects():
     check(case, 1e-4)
     _, grad_key, grad_value, _ = kernel_gradients(case, *reference_gradients(case)[1:])
     assert (grad_key[:, :32] == 0).all() and (grad_value[:, :32] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget"),
+    [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)],
+    ids=["fp32", "fp16", "bf16"],
+)
+def test_sums_of_states_over_what_is_dropped(dtype, budget):
+    case = make_case(300, batch=2, dtype=dtype, ragged=True)
+    # Values beyond what sums in float16 could hold, and a block of nothing.
+    value = case.value * 1000
+    value[:, 16:32] = 0
+    states = key_states(case.key, None, value, 16)
+    dropped = dropped_table(case.indices, case.counts, 19, dtype)
+    for rows in (dropped, dropped.new_zeros(4, 1, 19), dropped.new_ones(4, 1, 19)):
+        got, factors, sums = sum_dropped(states, rows)
+        got = got.double() if factors is None else got.double() * factors[:, :, None, None, None]
+        phi = torch.nn.functional.pad(case.key.double().softmax(-1), (0, 0, 0, 0, 0, 4))
+        padded = torch.nn.functional.pad(value.double(), (0, 0, 0, 0, 0, 4))
+        phi, padded = (x.unflatten(1, (19, 16)) for x in (phi, padded))
+        weight = rows.double().unflatten(0, (2, 2))
+        exact = torch.einsum("bhmn,bnjhc,bnjhd->bhmcd", weight, phi, padded)
+        assert relative(got, exact) <= budget
+        assert relative(sums, torch.einsum("bhmn,bnjhc->bhmc", weight, phi)) <= budget
 
 
 def test_strided_inputs():

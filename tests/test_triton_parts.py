@@ -14,13 +14,15 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from triton_cases import DEVICE, inputs, needs_triton, random_lists, relative
 
+from sla_video.kernels import triton_prepare
 from sla_video.kernels.quantize import quantize_int8, quantize_value
 from sla_video.kernels.routing import block_means, mass_logit, num_blocks
 from sla_video.kernels.triton_linear import linear_forward_mix
 from sla_video.kernels.triton_prepare import prepare_keys
-from sla_video.kernels.triton_routing import select_top_k
+from sla_video.kernels.triton_selection import block_scores, select_rows, select_top_k
 from sla_video.kernels.triton_sparse import sparse_forward
 from sla_video.kernels.triton_statistics import block_statistics
+from sla_video.kernels.triton_tiles import blocks_per_program
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("no_grad")]
 
@@ -162,40 +164,17 @@ def test_low_bit_values_bring_features_in_fp8(poisoned, length):
     assert relative(values.flatten(2, 3)[:, :, :length, :40], value.transpose(1, 2)) <= 0.03
 
 
-@pytest.mark.parametrize("sparse_dtype", ["int8", "int8_fp8", "int8_int8"])
 @pytest.mark.parametrize("length", [1, 200])
-def test_queries_quantized_beforehand(poisoned, length, sparse_dtype):
+def test_low_bit_queries(poisoned, length):
     query, key, value = inputs(length, head_dim=40, batch=2)
-    blocks = {"block_q": 64, "block_k": 32}
-    low_values = sparse_dtype != "int8"
     statistics = block_statistics(
-        query, key, value, need_value_max=low_values, need_low_query=True, **blocks
+        query, key, value, need_value_max=False, need_low_query=True, block_q=64, block_k=32
     )
     low, scale = statistics.low_query, statistics.query_scale
     got = (low * scale[..., None, None]).flatten(2, 3)
     wanted = [quantize_int8(x, (-2, -1)) for x in query.transpose(1, 2).split(64, 2)]
     torch.testing.assert_close(got[:, :, :length, :40], torch.cat(wanted, 2), atol=1e-6, rtol=1e-6)
     assert not got[:, :, length:].any() and not got[..., 40:].any()
-
-    operands = prepare_keys(
-        key,
-        value,
-        statistics.key_mean,
-        statistics.value_max,
-        block_k=32,
-        sparse_dtype=sparse_dtype,
-        phi_k="smoothed",
-        need_features=False,
-    )
-    num_q, num_k = num_blocks(length, 64), num_blocks(length, 32)
-    indices = random_lists(2, 2, num_q, num_k, max(1, num_k // 2))
-    settings = {"operands": operands, "sparse_dtype": sparse_dtype, **blocks}
-    first, second = (
-        sparse_forward(query, key, value, indices, None, statistics.key_mean, **settings, **queries)
-        for queries in ({}, {"low_query": low, "query_scale": scale})
-    )
-    assert relative(second[0], first[0]) <= 1e-6
-    assert relative(second[1], first[1]) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -216,8 +195,83 @@ def test_selection_is_that_of_top_k(poisoned, num_k, kept):
 
 
 def test_equal_scores_are_taken_from_the_left():
-    scores = torch.zeros(1, 1, 3, 40, device=DEVICE)
+    scores = torch.zeros(1, 1, 5, 40, device=DEVICE)
     scores[0, 0, 1, 30] = 1
     scores[0, 0, 2] = torch.arange(40, device=DEVICE) // 3
+    scores[0, 0, 3, ::2] = -0.0
+    # Neighbouring floats, far apart from the rest.
+    scores[0, 0, 4, 5], scores[0, 0, 4, 6:10] = 1e30, 1.0
+    scores[0, 0, 4, 20:22] = 1.0 + 2**-23
     indices, _ = select_top_k(scores, 4)
-    assert indices[0, 0].tolist() == [[0, 1, 2, 3], [0, 1, 2, 30], [36, 37, 38, 39]]
+    assert indices[0, 0].tolist() == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 30],
+        [36, 37, 38, 39],
+        [0, 1, 2, 3],
+        [5, 6, 20, 21],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("kept", [1, 7, 39])
+def test_scores_that_are_no_numbers_give_lists_of_existing_blocks(poisoned, bad, kept):
+    scores = torch.randn(1, 1, 4, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores[0, 0, 0] = bad
+    scores[0, 0, 1, ::2] = bad
+    scores[0, 0, 2, 39] = bad
+    indices, _ = select_top_k(scores, kept)
+    assert indices.min() >= 0 and indices.max() < 40
+    assert (indices.diff(dim=-1) > 0).all()
+    assert torch.equal(indices[:, :, 3].long(), scores[:, :, 3].topk(kept).indices.sort(-1).values)
+
+
+@pytest.mark.parametrize("smoothed", [False, True], ids=["", "smoothed"])
+@pytest.mark.parametrize(("num_q", "num_k", "head_dim"), [(3, 5, 40), (130, 144, 64)], ids=str)
+def test_scores_are_products_and_rows_end_in_minus_infinity(
+    poisoned, num_q, num_k, head_dim, smoothed
+):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 2, num_q, head_dim), (2, 2, num_k, head_dim), (2, 2, head_dim)
+    queries, keys, mean = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+    mean = 20 * mean if smoothed else None
+    if smoothed:
+        keys += mean[:, :, None]
+    scores = block_scores(queries, keys, mean)
+    assert scores.shape[-1] % 16 == 0
+    assert (scores[..., num_k:] == -math.inf).all()
+    wanted = keys.double() - (mean.double()[:, :, None] if smoothed else 0)
+    wanted = queries.double() @ wanted.mT * head_dim**-0.5
+    assert relative(scores[..., :num_k], wanted) <= 2e-6
+
+
+def test_alpha_is_the_sigmoid_of_the_logit(poisoned):
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(1, 2, n, 32, generator=generator).to(DEVICE) for n in (4, 40))
+    _, logit, alpha = select_rows(block_scores(queries, keys, None), 40, 5)
+    torch.testing.assert_close(alpha, logit.sigmoid(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("programs", [1, 2, 6, 100])
+def test_totals_are_the_same_however_blocks_are_shared_out(poisoned, monkeypatch, programs, dtype):
+    _, key, value = inputs(7 * 32 + 5, dtype=dtype)
+    key_mean = key.float().mean(1)
+    monkeypatch.setattr(triton_prepare, "multiprocessors", lambda _: programs)
+    operands = prepared(key, value, key_mean)
+    phi = (key.double() - key_mean.double()[:, None]).transpose(1, 2).softmax(-1)
+    error = 1e-5 if dtype == torch.float32 else 5e-3
+    assert relative(operands.totals[:, :, :64], phi.mT @ value.double().transpose(1, 2)) <= error
+    assert relative(operands.totals[:, :, 64], phi.sum(2)) <= 1e-5
+    phi = torch.nn.functional.pad(phi, (0, 0, 0, 27)).unflatten(2, (8, 32))
+    assert relative(operands.feature_sums, phi.sum(3)) <= 1e-5
+
+
+@pytest.mark.parametrize("programs", [1, 132, 396])
+@pytest.mark.parametrize(("num_k", "heads"), [(1, 1), (7, 2), (512, 12), (1182, 40), (112, 5000)])
+def test_runs_of_blocks_keep_programs_busy(num_k, heads, programs):
+    run = blocks_per_program(num_k, heads, programs)
+    assert 1 <= run <= num_k
+    if num_k * heads >= 100 * programs:
+        rounds = -(-(-(-num_k // run) * heads) // programs)
+        assert num_k * heads / (rounds * run * programs) >= 0.9
