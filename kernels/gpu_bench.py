@@ -237,9 +237,9 @@ def time_growth(
 
 def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDtype) -> Run:
     """The kernel of the sparse branch on operands that are ready."""
+    from sla_video.kernels.triton_attend import attend
     from sla_video.kernels.triton_prepare import prepare_keys
     from sla_video.kernels.triton_routing import plan_blocks
-    from sla_video.kernels.triton_sparse import sparse_forward
     from sla_video.kernels.triton_statistics import block_statistics
 
     query, key, value = qkv
@@ -253,7 +253,8 @@ def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDty
         need_low_query=sparse_dtype != "bf16",
     )
     means = (statistics.query_means, statistics.key_means, statistics.key_mean)
-    plan = plan_blocks(*means, query.shape[1], None, _options(sparsity, sparse_dtype))
+    options = _options(sparsity, sparse_dtype)
+    plan = plan_blocks(*means, query.shape[1], None, options, value.dtype)
     operands = prepare_keys(
         key,
         value,
@@ -262,23 +263,29 @@ def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDty
         block_k=BLOCK_K,
         sparse_dtype=sparse_dtype,
         phi_k="smoothed",
-        need_features=False,
+        need_states=False,
     )
-    return lambda: sparse_forward(
-        query,
-        key,
-        value,
-        plan.indices,
-        plan.counts,
-        statistics.key_mean,
-        operands=operands,
-        block_q=BLOCK_Q,
-        block_k=BLOCK_K,
-        sparse_dtype=sparse_dtype,
-        low_query=statistics.low_query,
-        query_scale=statistics.query_scale,
-        need_lse=False,
-    )
+    out = torch.empty_like(query)
+
+    def run() -> Tensor:
+        attend(
+            query,
+            key,
+            value,
+            plan.indices,
+            plan.counts,
+            statistics.key_mean,
+            operands=operands,
+            block_q=BLOCK_Q,
+            block_k=BLOCK_K,
+            out=out,
+            sparse_dtype=sparse_dtype,
+            low_query=statistics.low_query,
+            query_scale=statistics.query_scale,
+        )
+        return out
+
+    return run
 
 
 def _options(sparsity: float, sparse_dtype: SparseDtype) -> Options:

@@ -1,6 +1,7 @@
 """The kernels after routing as one differentiable operator, opaque to `torch.compile`.
 
-    forward    triton_prepare, triton_sparse, triton_linear: O, and what the backward needs of it
+    forward    triton_prepare, triton_attend: O, and what the backward needs of it, some heads at a
+               time, which bounds the memory of their states
     backward   triton_backward
 
 Gradients of Q, K and V are those with the selection and alpha fixed, plus what alpha's gradient
@@ -21,12 +22,27 @@ from torch import Tensor
 
 from sla_video.kernels.options import Options, PhiK, SparseDtype
 from sla_video.kernels.routing import num_blocks
+from sla_video.kernels.triton_attend import attend
 from sla_video.kernels.triton_backward import sla2_backward
-from sla_video.kernels.triton_linear import linear_forward_mix
+from sla_video.kernels.triton_linear import sum_dropped_states
 from sla_video.kernels.triton_prepare import prepare_keys
 from sla_video.kernels.triton_routing import BlockPlan
-from sla_video.kernels.triton_sparse import sparse_forward
 from sla_video.kernels.triton_statistics import BlockStatistics
+from sla_video.kernels.triton_tiles import padded_dim
+
+# What the states of the heads that are worked on together may take, with their sums.
+_STATE_BYTES = 2**29
+
+
+def _heads_at_a_time(key: Tensor, num_q: int, num_k: int, linear: bool) -> int:
+    """How many heads of one sequence to prepare and attend together: all, without states."""
+    heads = key.shape[2]
+    if not linear:
+        return heads
+    pad = padded_dim(key.shape[-1])
+    each = (num_q + num_k) * (pad + 1) * pad * key.element_size()
+    rounds = -(-heads * each // _STATE_BYTES)
+    return -(-heads // rounds)
 
 
 @torch.library.custom_op("sla_video::mixed_attention", mutates_args=())
@@ -42,6 +58,7 @@ def _mixed_attention(
     indices: Tensor,
     counts: Tensor | None,
     alpha: Tensor | None,
+    dropped: Tensor | None,
     block_q: int,
     block_k: int,
     sparse_dtype: str,
@@ -55,51 +72,55 @@ def _mixed_attention(
     `key_mean` is the mean, are here for the gradient of `key_mean`.
     """
     low_bit, features = cast(SparseDtype, sparse_dtype), cast(PhiK, phi_k)
-    operands = prepare_keys(
-        key,
-        value,
-        key_mean,
-        value_max,
-        block_k=block_k,
-        sparse_dtype=low_bit,
-        phi_k=features,
-        need_features=alpha is not None,
-    )
-    sparse, lse = sparse_forward(
-        query,
-        key,
-        value,
-        indices,
-        counts,
-        key_mean,
-        block_q=block_q,
-        block_k=block_k,
-        sparse_dtype=low_bit,
-        low_query=low_query,
-        query_scale=query_scale,
-        need_lse=need_lse,
-        operands=operands,
-    )
-    if lse is None:
-        lse = key_mean.new_empty(0)
-    if alpha is None:
-        return sparse, lse, query.new_empty(0)
-    out = linear_forward_mix(
-        query,
-        key,
-        value,
-        key_mean,
-        indices,
-        counts,
-        alpha,
-        sparse,
-        block_q=block_q,
-        block_k=block_k,
-        phi_k=features,
-        operands=operands,
-        out=None if keep_sparse else sparse,
-    )
-    return out, lse, sparse if keep_sparse else query.new_empty(0)
+    batch, length, heads, _ = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = key_mean.new_empty((batch, heads, length) if need_lse else 0)
+    sparse = torch.empty_like(out) if keep_sparse and alpha is not None else query.new_empty(0)
+    step = _heads_at_a_time(key, indices.shape[2], num_blocks(length, block_k), alpha is not None)
+    for b in range(batch):
+        for first in range(0, heads, step):
+            # Views of one sequence and some of its heads: [1, L, h, D] and [1, h, ...].
+            part = slice(b, b + 1), slice(None), slice(first, first + step)
+            own = slice(b, b + 1), slice(first, first + step)
+            operands = prepare_keys(
+                key[part],
+                value[part],
+                key_mean[own],
+                _of(value_max, own),
+                block_k=block_k,
+                sparse_dtype=low_bit,
+                phi_k=features,
+                need_states=alpha is not None,
+            )
+            sums = None
+            if operands.states is not None and dropped is not None:
+                sums = sum_dropped_states(operands.states, dropped[own])
+                # Their memory serves the next heads.
+                operands = operands._replace(states=None)
+            attend(
+                query[part],
+                key[part],
+                value[part],
+                indices[own],
+                _of(counts, own),
+                key_mean[own],
+                operands=operands,
+                block_q=block_q,
+                block_k=block_k,
+                out=out[part],
+                lse=lse[own] if need_lse else None,
+                out_sparse=sparse[part] if sparse.numel() else None,
+                alpha=_of(alpha, own),
+                sums=sums,
+                sparse_dtype=low_bit,
+                low_query=_of(low_query, own),
+                query_scale=_of(query_scale, own),
+            )
+    return out, lse, sparse
+
+
+def _of(x: Tensor | None, own: tuple[slice, slice]) -> Tensor | None:
+    return None if x is None else x[own]
 
 
 @_mixed_attention.register_fake
@@ -180,7 +201,7 @@ class _Settings(NamedTuple):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, _, key_mean, _, _, _, indices, counts, alpha, *settings = inputs
+    query, key, value, _, key_mean, _, _, _, indices, counts, alpha, _, *settings = inputs
     block_q, block_k, sparse_dtype, phi_k, _, _ = settings
     out, lse, out_sparse = output
     sparse = out if alpha is None else out_sparse
@@ -225,7 +246,7 @@ def _backward(
         grad_key_means,
         *(None,) * 6,
         None if alpha is None else grad_alpha,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -264,6 +285,7 @@ def mixed_attention(
         plan.indices,
         plan.counts,
         plan.alpha,
+        plan.dropped,
         options.block_q,
         options.block_k,
         options.sparse_dtype,

@@ -2,10 +2,10 @@
 
     triton_statistics   block means of Q and K, largest magnitudes of V, low-bit Q
     triton_routing      scores, selected blocks, alpha
-    triton_prepare      low-bit K and V, features; triton_totals: their sums over all blocks
-    triton_sparse       O_s and its log-sum-exp
-    triton_linear       O = alpha O_s + (1 - alpha) O_l
-    triton_autograd     the last three and their gradients, `triton_backward`, as one operator
+    triton_prepare      low-bit K and V, states of key blocks
+    triton_attend       O_s and its log-sum-exp (`triton_sparse`), and in the same kernel the mix
+                        O = alpha O_s + (1 - alpha) O_l (`triton_linear`)
+    triton_autograd     the last two and their gradients, `triton_backward`, as one operator
 
 Means, selection and attention are custom operators with gradients of their own; what lies between
 them, the projections of the router and alpha, is plain torch. Nothing synchronises with the host,
@@ -14,6 +14,7 @@ and L is a run-time value of every kernel.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sla_video.kernels.options import Options
@@ -56,7 +57,9 @@ def sla2_triton(
         value,
         block_q=block_q,
         block_k=block_k,
-        need_value_max=options.sparse_dtype in ("int8_fp8", "int8_int8"),
+        # Channels of low-bit values, and of float16 states, are scaled by their largest value.
+        need_value_max=options.sparse_dtype in ("int8_fp8", "int8_int8")
+        or value.dtype == torch.float16,
         need_low_query=options.sparse_dtype != "bf16",
     )
     # One pass for the gradient of a tensor and that of its means.
@@ -70,5 +73,6 @@ def sla2_triton(
         query.shape[1],
         router,
         options,
+        value.dtype,
     )
     return mixed_attention(query, key, value, statistics, plan, options, need_lse=need_lse)

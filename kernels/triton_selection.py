@@ -26,10 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla_video.kernels.triton_tiles import launch_on, padded_dim
-
-# Rows are aligned to 64 bytes: a multiple of 16 is known as such to compiled kernels.
-_ROW_MULTIPLE = 16
+from sla_video.kernels.triton_tiles import launch_on, padded_dim, padded_row
 
 
 @triton.jit(do_not_specialize=["num_q", "num_k"])
@@ -106,6 +103,7 @@ def _select_top_k_kernel(
     indices_ptr,
     logit_ptr,
     alpha_ptr,
+    dropped_ptr,
     num_k,
     num_selected,
     stride_m,
@@ -141,36 +139,48 @@ def _select_top_k_kernel(
     row_ptr = indices_ptr + row * num_selected
     tl.store(row_ptr + position, offs, mask=selected > 0)
 
+    dropped = tl.where(exists & (selected == 0), 1.0, 0.0).to(dropped_ptr.dtype.element_ty)
+    tl.store(dropped_ptr + row * stride_m + offs, dropped, mask=offs < stride_m)
+
     log_mass = scores + tl.where(offs == num_k - 1, log_tail, 0.0)
     dropped_max = tl.max(tl.where(selected > 0, float("-inf"), log_mass), 0)
     mass = tl.exp(log_mass - tl.where(selected > 0, top, dropped_max))
     kept = tl.sum(tl.where(selected > 0, mass, 0.0), 0)
-    dropped = tl.sum(tl.where(selected > 0, 0.0, mass), 0)
-    logit = top + tl.log(kept) - dropped_max - tl.log(dropped)
+    rest = tl.sum(tl.where(selected > 0, 0.0, mass), 0)
+    logit = top + tl.log(kept) - dropped_max - tl.log(rest)
     tl.store(logit_ptr + row, logit)
     if alpha_ptr is not None:
         tl.store(alpha_ptr + row, tl.sigmoid(logit))
 
 
 def select_rows(
-    scores: Tensor, num_k: int, num_selected: int, log_tail: float = 0.0, *, need_alpha: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    scores: Tensor,
+    num_k: int,
+    num_selected: int,
+    log_tail: float = 0.0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    need_alpha: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The best key blocks of each row, and the logit of the softmax mass they hold.
 
     Args:
         scores: of `block_scores`.
         num_k, num_selected: N, and K from 1 to N - 1.
         log_tail: log of the share of a whole block that the last block holds.
+        dtype: of the table.
         need_alpha: return the sigmoid of the logits too.
 
     Returns:
-        ascending indices `[B, H, M, K]` int32, logits and their sigmoid `[B, H, M]` float32. Of
-        equal scores, the leftmost are taken.
+        ascending indices `[B, H, M, K]` int32, logits and their sigmoid `[B, H, M]` float32, and a
+        table like scores that holds 1 where a block is dropped and 0 elsewhere. Of equal scores,
+        the leftmost are taken.
     """
     *shape, stride_m = scores.shape
     indices = torch.empty(*shape, num_selected, dtype=torch.int32, device=scores.device)
     logit = torch.empty(shape, dtype=torch.float32, device=scores.device)
     alpha = torch.empty_like(logit) if need_alpha else None
+    dropped = torch.empty_like(scores, dtype=dtype)
     row = max(32, triton.next_power_of_2(num_k))
     with launch_on(scores):
         _select_top_k_kernel[(logit.numel(),)](
@@ -178,6 +188,7 @@ def select_rows(
             indices,
             logit,
             alpha,
+            dropped,
             num_k,
             num_selected,
             stride_m,
@@ -186,13 +197,13 @@ def select_rows(
             # 16 elements of a row in each thread.
             num_warps=min(16, max(1, row // 512)),
         )
-    return indices, logit, alpha
+    return indices, logit, alpha, dropped
 
 
 def select_top_k(scores: Tensor, num_selected: int, log_tail: float = 0.0) -> tuple[Tensor, Tensor]:
     """`select_rows` of scores `[B, H, M, N]`: indices and logits."""
     total = scores.shape[-1]
-    rows = F.pad(scores, (0, -total % _ROW_MULTIPLE), value=-math.inf).contiguous()
+    rows = F.pad(scores, (0, padded_row(total) - total), value=-math.inf).contiguous()
     return select_rows(rows, total, num_selected, log_tail, need_alpha=False)[:2]
 
 
@@ -200,7 +211,7 @@ def block_scores(queries: Tensor, keys: Tensor, key_mean: Tensor | None) -> Tens
     """`queries (keys - key_mean)^T / sqrt(D)`, rows filled with -inf to a multiple of 16."""
     batch, heads, num_q, head_dim = queries.shape
     num_k, pad = keys.shape[2], padded_dim(head_dim)
-    stride_m = num_k + -num_k % _ROW_MULTIPLE
+    stride_m = padded_row(num_k)
     shape = batch, heads, num_q, stride_m
     scores = torch.empty(shape, dtype=torch.float32, device=queries.device)
     tile_q, tile_k = 128, 64

@@ -51,7 +51,7 @@ class BlockStatistics(NamedTuple):
     query_scale: Tensor | None = None
 
 
-@triton.jit(do_not_specialize=["length", "num_q", "num_k", "all_q"])
+@triton.jit(do_not_specialize=["heads", "length", "num_q", "num_k", "all_q"])
 def _block_statistics_kernel(
     query_ptr,
     key_ptr,

@@ -110,6 +110,14 @@ def padded_dim(head_dim: int) -> int:
     return max(_SMALLEST_DIM, 1 << (head_dim - 1).bit_length())
 
 
+def padded_row(num_k: int) -> int:
+    """Columns of a row that holds one number for each key block: a multiple of 16.
+
+    It is known as such to compiled kernels, and aligned as matrix units want it.
+    """
+    return num_k + -num_k % 16
+
+
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of x `[B, L, H, D]` along B, L and H.
 

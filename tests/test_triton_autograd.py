@@ -19,8 +19,8 @@ from triton_cases import DEVICE, needs_triton, relative
 from sla_video.kernels import triton_autograd
 from sla_video.kernels.api import sla2_attention
 from sla_video.kernels.router import Router
+from sla_video.kernels.triton_attend import attend
 from sla_video.kernels.triton_autograd import _mixed_attention, _mixed_attention_backward
-from sla_video.kernels.triton_linear import linear_forward_mix
 from sla_video.kernels.triton_routing import _select
 from sla_video.kernels.triton_statistics import _block_statistics
 
@@ -143,7 +143,10 @@ def test_int8_has_the_gradients_of_the_unquantized_branch(selection):
     # Those of the mix weight see the low-bit value, so all of them differ from the exact ones.
     exact = reference_gradients(qkv, router, selection=selection)
     assert all(relative(wanted[name], exact[name]) > 1e-4 for name in ("query", "alpha_scale"))
-    check(operator_gradients(qkv, router, **settings), wanted, 2e-5)
+    # A number halfway between two integers may be rounded either way: O_s differs by some 1e-5, and
+    # more so what goes through alpha, which sees the difference of O_s and O_l.
+    budget = dict.fromkeys(wanted, 5e-4) | dict.fromkeys(("query", "key", "value"), 2e-5)
+    check(operator_gradients(qkv, router, **settings), wanted, budget)
 
 
 @pytest.mark.parametrize("sparse_dtype", ["int8", "int8_fp8", "int8_int8"])
@@ -261,17 +264,30 @@ def test_what_is_kept_for_the_backward():
 
 
 @pytest.mark.parametrize("learning", [False, True])
-def test_the_mix_overwrites_the_sparse_output_unless_it_is_kept(learning, monkeypatch):
-    overwrites = []
+def test_the_sparse_output_is_kept_only_for_gradients(learning, monkeypatch):
+    kept = []
 
-    def mix(*args, out, **keywords):
-        overwrites.append(out is args[7])
-        return linear_forward_mix(*args, out=out, **keywords)
+    def record(*args, out_sparse, **keywords):
+        kept.append(out_sparse is not None)
+        attend(*args, out_sparse=out_sparse, **keywords)
 
-    monkeypatch.setattr(triton_autograd, "linear_forward_mix", mix)
+    monkeypatch.setattr(triton_autograd, "attend", record)
     with torch.set_grad_enabled(learning):
         sla2_attention(*leaves(40), impl="triton", **SMALL)
-    assert overwrites == [not learning]
+    assert kept == [learning]
+
+
+@pytest.mark.parametrize("sparse_dtype", ["bf16", "int8_fp8"])
+def test_heads_worked_on_one_by_one_give_equal_bits(sparse_dtype, monkeypatch):
+    qkv = [x.detach() for x in leaves(100)]
+    qkv = [torch.cat([x, x.flip(1)]).repeat(1, 1, 2, 1)[:, :, :3] for x in qkv]
+    settings = {"sparse_dtype": sparse_dtype, "impl": "triton", "return_lse": True}
+    settings = SMALL | {"block_k": 32} | settings
+    wanted = sla2_attention(*qkv, **settings)
+    for size in (1, 2 * 8 * 65 * 64 * 4):
+        monkeypatch.setattr(triton_autograd, "_STATE_BYTES", size)
+        for got, whole in zip(sla2_attention(*qkv, **settings), wanted, strict=True):
+            assert torch.equal(got, whole)
 
 
 def test_second_derivatives_are_refused():

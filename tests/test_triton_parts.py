@@ -17,10 +17,10 @@ from triton_cases import DEVICE, inputs, needs_triton, random_lists, relative
 from sla_video.kernels import triton_prepare
 from sla_video.kernels.quantize import quantize_int8, quantize_value
 from sla_video.kernels.routing import block_means, mass_logit, num_blocks
-from sla_video.kernels.triton_linear import linear_forward_mix
+from sla_video.kernels.triton_attend import attend
+from sla_video.kernels.triton_linear import sum_dropped_states
 from sla_video.kernels.triton_prepare import prepare_keys
 from sla_video.kernels.triton_selection import block_scores, select_rows, select_top_k
-from sla_video.kernels.triton_sparse import sparse_forward
 from sla_video.kernels.triton_statistics import block_statistics
 from sla_video.kernels.triton_tiles import blocks_per_program
 
@@ -28,65 +28,45 @@ pytestmark = [needs_triton, pytest.mark.usefixtures("no_grad")]
 
 
 def prepared(key, value, key_mean, value_max=None, **options):
-    """The operands of blocks of 32 keys, with features."""
-    options = {"sparse_dtype": "bf16", "phi_k": "smoothed", "need_features": True} | options
+    """The operands of blocks of 32 keys, with states."""
+    options = {"sparse_dtype": "bf16", "phi_k": "smoothed", "need_states": True} | options
     return prepare_keys(key, value, key_mean, value_max, block_k=32, **options)
 
 
+@pytest.mark.parametrize("block_q", [32, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_that_drop_nothing_keep_their_sparse_output(poisoned, dtype):
-    query, key, value = inputs(200, dtype=dtype)
-    num_k = num_blocks(200, 32)
-    indices = random_lists(1, 2, 7, num_k, num_k)
-    counts = torch.full((1, 2, 7), num_k, dtype=torch.int32, device=DEVICE)
-    counts[:, 1, 3] = 2
+def test_rows_that_drop_nothing_keep_their_sparse_output(poisoned, dtype, block_q):
+    query, key, value = inputs(300, dtype=dtype)
+    num_q, num_k = num_blocks(300, block_q), num_blocks(300, 32)
+    indices = random_lists(1, 2, num_q, num_k, num_k)
+    counts = torch.full((1, 2, num_q), num_k, dtype=torch.int32, device=DEVICE)
+    counts[:, 1, 1] = 2
+    dropped = torch.zeros(1, 2, num_q, 16, dtype=dtype, device=DEVICE)
+    dropped[:, 1, 1, :num_k] = 1
+    dropped[:, 1, 1].scatter_(-1, indices[:, 1, 1, :2].long(), 0)
     key_mean = key.float().mean(1)
-    alpha = torch.full((1, 2, 7), 0.3, device=DEVICE)
     operands = prepared(key, value, key_mean)
-    blocks = {"operands": operands, "block_q": 32, "block_k": 32}
-    sparse, _ = sparse_forward(query, key, value, indices, counts, key_mean, **blocks)
-    out = linear_forward_mix(query, key, value, key_mean, indices, counts, alpha, sparse, **blocks)
+    sparse, out = torch.empty_like(query), torch.empty_like(query)
+    attend(
+        query,
+        key,
+        value,
+        indices,
+        counts,
+        key_mean,
+        operands=operands,
+        block_q=block_q,
+        block_k=32,
+        out=out,
+        out_sparse=sparse,
+        alpha=torch.full((1, 2, num_q), 0.3, device=DEVICE),
+        sums=sum_dropped_states(operands.states, dropped),
+    )
     changed = (out != sparse).any(-1)
-    assert changed[:, 96:128, 1].all()
-    changed[:, 96:128, 1] = False
+    assert changed[:, block_q : 2 * block_q, 1].all()
+    changed[:, block_q : 2 * block_q, 1] = False
     assert not changed.any()
     assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("phi_k", ["smoothed", "raw"])
-@pytest.mark.parametrize("storage", ["none", "fp8"])
-def test_features_recomputed_or_in_fp8(storage, phi_k):
-    query, key, value = inputs(200, dtype=torch.bfloat16)
-    blocks = {"block_q": 32, "block_k": 32}
-    statistics = block_statistics(query, key, value, need_value_max=True, **blocks)
-    indices = random_lists(1, 2, 7, 7, 3)
-    alpha = torch.zeros(1, 2, 7, device=DEVICE)
-    outputs = []
-    for feature_storage in ("value", storage):
-        operands = prepared(
-            key,
-            value,
-            statistics.key_mean,
-            statistics.value_max,
-            sparse_dtype="int8_fp8",
-            phi_k=phi_k,
-            feature_storage=feature_storage,
-        )
-        out = linear_forward_mix(
-            query,
-            key,
-            value,
-            statistics.key_mean,
-            indices,
-            None,
-            alpha,
-            torch.full_like(query, math.inf).nan_to_num(),
-            phi_k=phi_k,
-            operands=operands,
-            **blocks,
-        )
-        outputs.append(out.double())
-    assert relative(outputs[1], outputs[0]) <= {"none": 1e-3, "fp8": 0.05}[storage]
 
 
 def in_key_order(x):
@@ -108,60 +88,59 @@ def test_preparation(poisoned, length):
     torch.testing.assert_close(statistics.key_mean, key.mean(1), **close)
     assert torch.equal(statistics.value_max, value.abs().amax(1))
 
+    smooth = (key - key.mean(1, keepdim=True)).transpose(1, 2)
+    num_k = num_blocks(length, 32)
     for sparse_dtype in ("int8_fp8", "int8_int8"):
         means = statistics.key_mean, statistics.value_max
-        operands = prepared(key, value, *means, sparse_dtype=sparse_dtype, feature_storage="value")
-        num_k = num_blocks(length, 32)
+        operands = prepared(key, value, *means, sparse_dtype=sparse_dtype)
         # [B, H, L, D] of blocks [B, H, N, block_k, D_PAD]
         keys = operands.low_keys * operands.key_scale[..., None, None]
-        smooth = (key - key.mean(1, keepdim=True)).transpose(1, 2)
         wanted = torch.cat([quantize_int8(x, (-2, -1)) for x in smooth.split(32, 2)], 2)
         torch.testing.assert_close(keys.flatten(2, 3)[:, :, :length, :40], wanted, **close)
         # Padding must be zero: the kernels read it.
         assert not keys.flatten(2, 3)[:, :, length:].any() and not keys[..., 40:].any()
-        values = in_key_order(operands.low_values) * operands.value_scale[:, :, None, None]
-        wanted = quantize_value(value.transpose(1, 2), sparse_dtype)
+        values, exact = in_key_order(operands.low_values), value.transpose(1, 2)
+        values *= operands.value_scale[:, :, None, None]
+        wanted = quantize_value(exact, sparse_dtype)
         torch.testing.assert_close(values.flatten(2, 3)[:, :, :length, :40], wanted, **close)
         assert not values.flatten(2, 3)[:, :, length:].any() and not values[..., 40:].any()
-        features = operands.features.flatten(2, 3)
-        torch.testing.assert_close(features[:, :, :length, :40], smooth.softmax(-1), **close)
-        assert not features[:, :, length:].any() and not features[..., 40:].any()
-        torch.testing.assert_close(
-            operands.feature_sums, operands.features.sum(3), atol=1e-5, rtol=1e-5
-        )
-        total = smooth.softmax(-1).mT @ value.transpose(1, 2)
-        torch.testing.assert_close(operands.totals[:, :, :40, :40], total, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(
-            operands.totals[:, :, 64, :40], smooth.softmax(-1).sum(2), atol=1e-4, rtol=1e-4
-        )
         assert operands.low_keys.shape == (2, 2, num_k, 32, 64)
 
 
-@pytest.mark.parametrize("length", [1, 200])
-def test_low_bit_values_bring_features_in_fp8(poisoned, length):
-    query, key, value = inputs(length, head_dim=40)
-    statistics = block_statistics(query, key, value, block_q=32, block_k=32, need_value_max=True)
-    operands = prepare_keys(
-        key,
-        value,
-        statistics.key_mean,
-        statistics.value_max,
-        block_k=32,
-        sparse_dtype="int8_fp8",
-        phi_k="smoothed",
-        need_features=True,
-    )
-    features = in_key_order(operands.features)
-    phi = (key - key.mean(1, keepdim=True)).transpose(1, 2).softmax(-1)
-    assert relative(features.flatten(2, 3)[:, :, :length, :40] / 448, phi) <= 0.03
-    assert not features.flatten(2, 3)[:, :, length:].any() and not features[..., 40:].any()
-    # FP8 is for what is selected: sums over everything are exact.
-    assert relative(operands.feature_sums.sum(2)[..., :40], phi.sum(2)) <= 1e-6
-    assert relative(operands.totals[:, :, 64, :40], phi.sum(2)) <= 1e-6
-    total = phi.mT @ value.transpose(1, 2)
-    assert relative(operands.totals[:, :, :40, :40], total) <= 1e-5
-    values = in_key_order(operands.low_values) * operands.value_scale[:, :, None, None]
-    assert relative(values.flatten(2, 3)[:, :, :length, :40], value.transpose(1, 2)) <= 0.03
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("programs", [1, 6, 100])
+@pytest.mark.parametrize("phi_k", ["smoothed", "raw"])
+def test_states_are_products_of_features_and_values(poisoned, monkeypatch, programs, dtype, phi_k):
+    _, key, value = inputs(7 * 32 + 5, head_dim=40, dtype=dtype)
+    value = value * 1e-3 if dtype == torch.float16 else value
+    key_mean, value_max = key.float().mean(1), value.float().abs().amax(1)
+    # However the blocks are shared out among programs.
+    monkeypatch.setattr(triton_prepare, "multiprocessors", lambda _: programs)
+    operands = prepared(key, value, key_mean, value_max, phi_k=phi_k)
+    smooth = key.double() - (key_mean.double()[:, None] if phi_k == "smoothed" else 0)
+
+    def in_blocks(x):
+        return torch.nn.functional.pad(x, (0, 0, 0, 27)).unflatten(2, (8, 32))
+
+    # [B, H, N, 32, D]
+    phi = in_blocks(smooth.transpose(1, 2).softmax(-1))
+    wanted = phi.mT @ in_blocks(value.double().transpose(1, 2))
+    states = operands.states.double()
+    assert states.shape == (1, 2, 16, 65, 64)
+    if dtype == torch.float16:
+        states[..., :64, :] *= operands.state_unit[:, :, None, None]
+    error = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    assert relative(states[:, :, :8, :40, :40], wanted) <= error
+    assert relative(states[:, :, :8, 64, :40], phi.sum(3)) <= error
+    assert not states[:, :, 8:].any() and not states[..., 40:].any()
+
+
+def test_states_of_what_is_dropped_are_summed():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 3, 16, 5, 4, generator=generator)
+    dropped = (torch.rand(2, 3, 7, 16, generator=generator) > 0.5).float()
+    wanted = torch.einsum("bhmn,bhnde->bhmde", dropped, states)
+    torch.testing.assert_close(sum_dropped_states(states, dropped), wanted)
 
 
 @pytest.mark.parametrize("length", [1, 200])
@@ -245,26 +224,15 @@ def test_scores_are_products_and_rows_end_in_minus_infinity(
     assert relative(scores[..., :num_k], wanted) <= 2e-6
 
 
-def test_alpha_is_the_sigmoid_of_the_logit(poisoned):
+def test_selection_comes_with_alpha_and_a_table_of_what_is_dropped(poisoned):
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(1, 2, n, 32, generator=generator).to(DEVICE) for n in (4, 40))
-    _, logit, alpha = select_rows(block_scores(queries, keys, None), 40, 5)
+    scores = block_scores(queries, keys, None)
+    indices, logit, alpha, table = select_rows(scores, 40, 5, dtype=torch.bfloat16)
     torch.testing.assert_close(alpha, logit.sigmoid(), atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("programs", [1, 2, 6, 100])
-def test_totals_are_the_same_however_blocks_are_shared_out(poisoned, monkeypatch, programs, dtype):
-    _, key, value = inputs(7 * 32 + 5, dtype=dtype)
-    key_mean = key.float().mean(1)
-    monkeypatch.setattr(triton_prepare, "multiprocessors", lambda _: programs)
-    operands = prepared(key, value, key_mean)
-    phi = (key.double() - key_mean.double()[:, None]).transpose(1, 2).softmax(-1)
-    error = 1e-5 if dtype == torch.float32 else 5e-3
-    assert relative(operands.totals[:, :, :64], phi.mT @ value.double().transpose(1, 2)) <= error
-    assert relative(operands.totals[:, :, 64], phi.sum(2)) <= 1e-5
-    phi = torch.nn.functional.pad(phi, (0, 0, 0, 27)).unflatten(2, (8, 32))
-    assert relative(operands.feature_sums, phi.sum(3)) <= 1e-5
+    wanted = torch.zeros(1, 2, 4, 48, dtype=torch.bfloat16, device=DEVICE)
+    wanted[..., :40] = 1
+    assert torch.equal(table, wanted.scatter(-1, indices.long(), 0))
 
 
 @pytest.mark.parametrize("programs", [1, 132, 396])

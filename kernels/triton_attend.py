@@ -1,0 +1,282 @@
+"""Both branches and their mix in one kernel: O = alpha O_s + (1 - alpha) O_l.
+
+One program owns one query block of one head. It walks the list of selected key blocks for the
+sparse branch (`triton_sparse`) and adds the linear branch from the states summed over what is
+dropped (`triton_linear`), before O_s leaves registers: what the second part loads hides behind
+what other programs compute.
+
+Layouts: query, key, value, O_s and the output are `[B, L, H, D]` with any strides but 1 along D,
+low-bit operands are those of `triton_statistics` and `triton_prepare`. Hardware: compute
+capability 8.0; FP8 8.9.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla_video.kernels.options import SparseDtype
+from sla_video.kernels.routing import num_blocks
+from sla_video.kernels.triton_linear import linear_rows
+from sla_video.kernels.triton_prepare import KeyOperands
+from sla_video.kernels.triton_sparse import sparse_rows
+from sla_video.kernels.triton_tiles import (
+    LaunchConfig,
+    capability,
+    launch_on,
+    load_rows,
+    padded_dim,
+    store_rows,
+    strides,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "num_q", "num_k", "num_selected"])
+def _attend_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    low_query_ptr,
+    query_scale_ptr,
+    low_keys_ptr,
+    key_scale_ptr,
+    low_values_ptr,
+    value_scale_ptr,
+    key_mean_ptr,
+    indices_ptr,
+    counts_ptr,
+    alpha_ptr,
+    sums_ptr,
+    state_unit_ptr,
+    sparse_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    stride_sb,
+    stride_sl,
+    stride_sh,
+    stride_ob,
+    stride_ol,
+    stride_oh,
+    heads,
+    length,
+    num_q,
+    num_k,
+    num_selected,
+    scale,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPARSE_DTYPE: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """O_s goes to `sparse_ptr` too, if given. Without sums of states there is nothing to mix."""
+    m = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = (bh // heads).to(tl.int64)
+    h = bh % heads
+    row = bh.to(tl.int64) * num_q + m
+    first_block = bh.to(tl.int64) * num_k
+    start_q = m.to(tl.int64) * BLOCK_Q
+    rows_q = length - m * BLOCK_Q
+    query_block_ptr = query_ptr + b * stride_qb + h * stride_qh + start_q * stride_ql
+    key_head_ptr = key_ptr + b * stride_kb + h * stride_kh
+    value_head_ptr = value_ptr + b * stride_vb + h * stride_vh
+    indices_row_ptr = indices_ptr + row * num_selected
+    count = num_selected
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    # Without a way around the loop, its matrix products need not wait for each other.
+    tl.assume(count > 0)
+    out, lse = sparse_rows(
+        query_block_ptr,
+        key_head_ptr,
+        value_head_ptr,
+        low_query_ptr,
+        query_scale_ptr,
+        low_keys_ptr,
+        key_scale_ptr,
+        low_values_ptr,
+        value_scale_ptr,
+        key_mean_ptr,
+        indices_row_ptr,
+        stride_ql,
+        stride_kl,
+        stride_vl,
+        bh,
+        row,
+        first_block,
+        rows_q,
+        length,
+        count,
+        scale,
+        D,
+        D_PAD,
+        BLOCK_Q,
+        BLOCK_K,
+        SPARSE_DTYPE,
+        lse_ptr is not None,
+    )
+    if sums_ptr is not None:
+        # Asked for before anything is waited for.
+        offs_d = tl.arange(0, D_PAD)
+        sums_row_ptr = sums_ptr + row * ((D_PAD + 1) * D_PAD)
+        state = tl.load(sums_row_ptr + offs_d[:, None] * D_PAD + offs_d[None, :])
+        weight = tl.load(sums_row_ptr + D_PAD * D_PAD + offs_d).to(tl.float32)
+        alpha = tl.load(alpha_ptr + row)
+    if lse_ptr is not None:
+        offs_q = tl.arange(0, BLOCK_Q)
+        lse_block_ptr = lse_ptr + bh.to(tl.int64) * length + start_q
+        tl.store(lse_block_ptr + offs_q, lse, mask=offs_q < rows_q)
+    if sparse_ptr is not None:
+        sparse_block_ptr = sparse_ptr + b * stride_sb + h * stride_sh + start_q * stride_sl
+        store_rows(sparse_block_ptr, stride_sl, out, rows_q, BLOCK_Q, D, D_PAD)
+    out_block_ptr = out_ptr + b * stride_ob + h * stride_oh + start_q * stride_ol
+    if sums_ptr is None:
+        store_rows(out_block_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
+    else:
+        # A query block that drops nothing has no linear part.
+        alpha = tl.where(tl.max(weight, 0) > 0, alpha, 1.0)
+        if state_unit_ptr is not None:
+            state_unit_ptr += bh * D_PAD
+        if HALVES:
+            # Half of the queries at a time, which bounds registers. Threads have rows of both.
+            HALF: tl.constexpr = BLOCK_Q // 2
+            out = tl.permute(tl.reshape(out, (2, HALF, D_PAD)), (1, 2, 0))
+            upper, lower = tl.split(out)
+            query = load_rows(query_block_ptr, stride_ql, rows_q, HALF, D, D_PAD)
+            linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
+            upper = upper * alpha + linear
+            store_rows(out_block_ptr, stride_ol, upper, rows_q, HALF, D, D_PAD)
+            query_block_ptr += HALF * stride_ql
+            out_block_ptr += HALF * stride_ol
+            query = load_rows(query_block_ptr, stride_ql, rows_q - HALF, HALF, D, D_PAD)
+            linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
+            lower = lower * alpha + linear
+            store_rows(out_block_ptr, stride_ol, lower, rows_q - HALF, HALF, D, D_PAD)
+        else:
+            query = load_rows(query_block_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
+            linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
+            out = out * alpha + linear
+            store_rows(out_block_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
+
+
+# By GPU generation and arithmetic, for heads of more than 64 columns. Those of generation 0 are
+# safe: their tiles fit the 99 KiB of shared memory of the smallest GPUs.
+_CONFIGS = {
+    (9, "bf16"): LaunchConfig(8, 3),
+    (9, "int8"): LaunchConfig(4, 5),
+    (9, "int8_fp8"): LaunchConfig(4, 5),
+    (9, "int8_int8"): LaunchConfig(8, 3),
+    (0, "bf16"): LaunchConfig(8, 2),
+    (0, "int8"): LaunchConfig(8, 2),
+    (0, "int8_fp8"): LaunchConfig(8, 2),
+    (0, "int8_int8"): LaunchConfig(8, 2),
+}
+
+
+def _config(query: Tensor, sparse_dtype: SparseDtype, pad: int) -> LaunchConfig:
+    if query.dtype == torch.float32:
+        return LaunchConfig(8, 1)
+    if pad < 128:
+        return LaunchConfig(4, 3)
+    generation = capability(query.device)[0]
+    return _CONFIGS.get((generation, sparse_dtype), _CONFIGS[0, sparse_dtype])
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor | None,
+    key_mean: Tensor,
+    *,
+    operands: KeyOperands,
+    block_q: int,
+    block_k: int,
+    out: Tensor,
+    lse: Tensor | None = None,
+    out_sparse: Tensor | None = None,
+    alpha: Tensor | None = None,
+    sums: Tensor | None = None,
+    sparse_dtype: SparseDtype = "bf16",
+    low_query: Tensor | None = None,
+    query_scale: Tensor | None = None,
+) -> None:
+    """Attention of each query block to the key blocks listed for it, mixed with that to the rest.
+
+    Args:
+        query, key, value: `[B, L, H, D]`, each contiguous along D.
+        indices: `[B, H, M, K]` int32, distinct key blocks of each query block.
+        counts: `[B, H, M]` int32, from 1 to K: only the first `counts` entries of a row are
+            visited. None visits all.
+        key_mean: `[B, H, D]` float32, mean key over tokens.
+        operands: what `prepare_keys` made of key and value for this `sparse_dtype`.
+        out: `[B, L, H, D]`, written.
+        lse: `[B, H, L]` float32, contiguous; the log-sum-exp of the selected part, in terms of the
+            keys as given, is written to it.
+        out_sparse: like `out`; O_s is written to it.
+        alpha: `[B, H, M]` float32, weight of the sparse branch.
+        sums: of `sum_dropped_states`. A query block that drops nothing gets its O_s, whatever alpha
+            is. None leaves the linear branch out.
+        low_query, query_scale: of `block_statistics`, for low-bit keys.
+    """
+    batch, length, heads, head_dim = query.shape
+    pad = padded_dim(head_dim)
+    assert (low_query is None) == (operands.low_keys is None), "Q and K are multiplied as one type"
+    assert (alpha is None) == (sums is None), "the mix takes a weight and what to mix"
+    config = _config(query, sparse_dtype, pad)
+    with launch_on(query):
+        _attend_kernel[(num_blocks(length, block_q), batch * heads)](
+            query,
+            key,
+            value,
+            low_query,
+            query_scale,
+            operands.low_keys,
+            operands.key_scale,
+            operands.low_values,
+            operands.value_scale,
+            key_mean.contiguous(),
+            indices.contiguous(),
+            None if counts is None else counts.contiguous(),
+            None if alpha is None else alpha.contiguous(),
+            sums,
+            None if sums is None else operands.state_unit,
+            out_sparse,
+            out,
+            lse,
+            *strides(query),
+            *strides(key),
+            *strides(value),
+            *strides(out if out_sparse is None else out_sparse),
+            *strides(out),
+            heads,
+            length,
+            num_blocks(length, block_q),
+            num_blocks(length, block_k),
+            indices.shape[-1],
+            head_dim**-0.5,
+            D=head_dim,
+            D_PAD=pad,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            SPARSE_DTYPE=sparse_dtype,
+            # Four warps share 64 rows of a product, so each has its part of either half.
+            HALVES=block_q == 128 and config.num_warps == 4,
+            **config.keywords(),
+        )
