@@ -173,7 +173,7 @@ def _key_kernel(
 
 
 _LAUNCHES = Launches(
-    narrow=Launch(64, 64, 4, 3, max_registers=168),
+    narrow=Launch(32, 64, 4, 3, max_registers=168),
     broad=Launch(32, 64, 4, 3),
     small=Launch(32, 64, 4, 2),
     float32=Launch(32, 32, 4, 1),

@@ -147,8 +147,8 @@ _LAUNCHES = Launches(
     small=Launch(32, 64, 8, 1),
     float32=Launch(16, 16, 8, 1),
     float32_small=Launch(16, 16, 8, 1),
-    # With the matrix units of a warp group, all of a block fits into registers.
-    hopper=Launch(128, 64, 16, 1),
+    # More programs at a time hide more of what each waits for.
+    hopper=Launch(16, 64, 4, 1),
 )
 
 

@@ -226,7 +226,7 @@ def _block_statistics(
             num_k,
             D=head_dim,
             BLOCK_K=block_k,
-            ROWS=128,
+            ROWS=512,
             COLUMNS=columns,
             num_warps=8,
         )
