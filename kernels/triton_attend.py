@@ -153,7 +153,7 @@ def _attend_kernel(
         if state_unit_ptr is not None:
             state_unit_ptr += bh * D_PAD
         if HALVES:
-            # Half of the queries at a time, which bounds registers. Threads have rows of both.
+            # Half of the queries at a time, which bounds registers.
             HALF: tl.constexpr = BLOCK_Q // 2
             out = tl.permute(tl.reshape(out, (2, HALF, D_PAD)), (1, 2, 0))
             upper, lower = tl.split(out)
@@ -179,7 +179,7 @@ def _attend_kernel(
 _CONFIGS = {
     (9, "bf16"): LaunchConfig(8, 3),
     (9, "int8"): LaunchConfig(4, 5),
-    (9, "int8_fp8"): LaunchConfig(4, 5),
+    (9, "int8_fp8"): LaunchConfig(8, 5, 128),
     (9, "int8_int8"): LaunchConfig(8, 3),
     (0, "bf16"): LaunchConfig(8, 2),
     (0, "int8"): LaunchConfig(8, 2),
@@ -276,7 +276,6 @@ def attend(
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             SPARSE_DTYPE=sparse_dtype,
-            # Four warps share 64 rows of a product, so each has its part of either half.
-            HALVES=block_q == 128 and config.num_warps == 4,
+            HALVES=block_q == 128 and (config.num_warps == 4 or config.max_registers is not None),
             **config.keywords(),
         )

@@ -96,7 +96,14 @@ def sparse_rows(
     ABSENT_BITS: tl.constexpr = -0x2000000
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
+    # FP8 matrix units of Hopper add with 14 bits: what they sum is one block, in halves of V.
+    HALF: tl.constexpr = D_PAD // 2
+    if SPARSE_DTYPE == "int8_fp8":
+        tile_t = tl.arange(0, HALF)[:, None] * BLOCK_K + offs_k[None, :]
+        acc_left = tl.zeros([BLOCK_Q, HALF], tl.float32)
+        acc_right = tl.zeros([BLOCK_Q, HALF], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     for i in range(0, count):
         index = tl.load(indices_row_ptr + i)
         n = index.to(tl.int64)
@@ -131,20 +138,27 @@ def sparse_rows(
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
-        acc = acc * correction[:, None]
         if SPARSE_DTYPE == "int8_fp8":
-            value_t = tl.load(value_head_ptr + n * (BLOCK_K * D_PAD) + tile_t)
             low = in_matrix_order(weights.to(tl.float8e4nv), BLOCK_Q, BLOCK_K)
-            acc = tl.dot(low, tl.trans(value_t), acc)
+            left_ptr = value_head_ptr + n * (BLOCK_K * D_PAD)
+            left = tl.load(left_ptr + tile_t)
+            acc_left = acc_left * correction[:, None] + tl.dot(low, tl.trans(left))
+            right = tl.load(left_ptr + HALF * BLOCK_K + tile_t)
+            acc_right = acc_right * correction[:, None] + tl.dot(low, tl.trans(right))
         elif SPARSE_DTYPE == "int8_int8":
             value_t = tl.load(value_head_ptr + n * (BLOCK_K * D_PAD) + tile_t)
             low = in_matrix_order(round_to_int8(weights), BLOCK_Q, BLOCK_K)
-            acc += tl.dot(low, tl.trans(value_t), out_dtype=tl.int32).to(tl.float32)
+            low = tl.dot(low, tl.trans(value_t), out_dtype=tl.int32)
+            acc = acc * correction[:, None] + low.to(tl.float32)
         else:
             start_ptr = value_head_ptr + n * BLOCK_K * stride_vl
             value = load_rows(start_ptr, stride_vl, rows_k, BLOCK_K, D, D_PAD)
+            acc = acc * correction[:, None]
             acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="tf32x3")
 
+    if SPARSE_DTYPE == "int8_fp8":
+        acc = tl.permute(tl.join(acc_left, acc_right), (0, 2, 1))
+        acc = tl.reshape(acc, (BLOCK_Q, D_PAD))
     out = acc * (1.0 / row_sum)[:, None]
     if LOW_VALUES:
         out = out * tl.load(value_scale_ptr + bh * D_PAD + offs_d)[None, :]
