@@ -49,19 +49,14 @@ def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(3)]
 
 
-def parts(
-    qkv: list[Tensor], sparsity: float, sparse_dtype: Any, features: Any
-) -> dict[str, Callable[[], Any]]:
-    """The steps of `sla2_triton`, each on what the ones before it made.
-
-    `features` is how phi(K) is stored for "prepare" and "linear", None as in "whole".
-    """
+def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Callable[[], Any]]:
+    """The steps of `sla2_triton`, each on what the ones before it made, all heads at a time."""
     from sla_video.kernels.api import sla2_attention
     from sla_video.kernels.options import Options
-    from sla_video.kernels.triton_linear import linear_forward_mix
+    from sla_video.kernels.triton_attend import attend
+    from sla_video.kernels.triton_linear import sum_dropped_states
     from sla_video.kernels.triton_prepare import prepare_keys
     from sla_video.kernels.triton_routing import plan_blocks
-    from sla_video.kernels.triton_sparse import sparse_forward
     from sla_video.kernels.triton_statistics import block_statistics
 
     query, key, value = qkv
@@ -92,7 +87,7 @@ def parts(
     means = (found.query_means, found.key_means, found.key_mean)
 
     def plan() -> Any:
-        return plan_blocks(*means, query.shape[1], None, options)
+        return plan_blocks(*means, query.shape[1], None, options, value.dtype)
 
     chosen = plan()
 
@@ -105,40 +100,31 @@ def parts(
             block_k=64,
             sparse_dtype=sparse_dtype,
             phi_k="smoothed",
-            need_features=True,
-            feature_storage=features,
+            need_states=True,
         )
 
     operands = prepare()
-    lists = (chosen.indices, chosen.counts)
 
-    def sparse() -> Any:
-        return sparse_forward(
+    def sums() -> Any:
+        return sum_dropped_states(operands.states, chosen.dropped)
+
+    summed, out = sums(), torch.empty_like(query)
+
+    def attention(mixed: bool) -> None:
+        attend(
             query,
             key,
             value,
-            *lists,
+            chosen.indices,
+            chosen.counts,
             found.key_mean,
+            operands=operands,
+            out=out,
+            alpha=chosen.alpha if mixed else None,
+            sums=summed if mixed else None,
             sparse_dtype=sparse_dtype,
             low_query=found.low_query,
             query_scale=found.query_scale,
-            need_lse=False,
-            operands=operands,
-            **blocks,
-        )[0]
-
-    out_sparse = sparse()
-
-    def linear() -> Any:
-        return linear_forward_mix(
-            query,
-            key,
-            value,
-            found.key_mean,
-            *lists,
-            chosen.alpha,
-            out_sparse,
-            operands=operands,
             **blocks,
         )
 
@@ -151,8 +137,9 @@ def parts(
         "statistics": statistics,
         "routing": plan,
         "prepare": prepare,
-        "sparse": sparse,
-        "linear": linear,
+        "sums": sums,
+        "sparse": lambda: attention(False),
+        "sparse+mix": lambda: attention(True),
         "whole": whole,
     }
 
@@ -206,11 +193,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens x heads x head dim")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.97, 0.95, 0.9])
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int8_fp8"])
-    parser.add_argument(
-        "--features",
-        choices=("value", "fp8", "none"),
-        help="how phi(K) is stored, by default as the operator does; fp8 needs the format int8_fp8",
-    )
     parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="once, at a toy size, on the CPU")
@@ -243,7 +225,7 @@ def main() -> None:
             )
         for sparse_dtype in args.formats:
             for sparsity in args.sparsities:
-                runs = parts(qkv, sparsity, sparse_dtype, args.features)
+                runs = parts(qkv, sparsity, sparse_dtype)
                 if args.backward:
                     runs["backward"] = backward(qkv, sparsity, sparse_dtype)
                 times = {name: time_of(run, dry) for name, run in runs.items()}

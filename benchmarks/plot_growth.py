@@ -53,8 +53,8 @@ def plot(result: Mapping[str, Any], out: Path) -> None:
             f"{times[-1]:,.0f} ms" if times[-1] >= 10 else f"{times[-1]:.2g} ms",
             (lengths[-1], times[-1]),
             textcoords="offset points",
-            xytext=(-4, 6),
-            ha="right",
+            xytext=(7, -3),
+            ha="left",
             fontsize=8,
             color=colour,
         )
@@ -62,6 +62,8 @@ def plot(result: Mapping[str, Any], out: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [tokens(length) for length in lengths])
+    # Room for the last label.
+    axes.set_xlim(right=2 * lengths[-1])
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds, forward")
     axes.set_title(

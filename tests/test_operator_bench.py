@@ -69,7 +69,7 @@ def test_the_script_that_times_each_part_runs(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "operator_parts.py"
     report = tmp_path / "parts.json"
     command = [sys.executable, script, "--dry-run", "--backward", "--json", report]
-    command += ["--formats", "int8_fp8", "--features", "none"]
+    command += ["--formats", "int8_fp8"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(report.read_text())["rows"]
@@ -78,8 +78,9 @@ def test_the_script_that_times_each_part_runs(tmp_path):
         "statistics",
         "routing",
         "prepare",
+        "sums",
         "sparse",
-        "linear",
+        "sparse+mix",
         "whole",
         "backward",
     } <= row.keys()
