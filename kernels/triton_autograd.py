@@ -15,6 +15,7 @@ Custom operators have no optional results: an empty tensor stands for one that i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,15 +35,20 @@ from sla_video.kernels.triton_tiles import padded_dim
 _STATE_BYTES = 2**29
 
 
-def _heads_at_a_time(key: Tensor, num_q: int, num_k: int, linear: bool) -> int:
-    """How many heads of one sequence to prepare and attend together: all, without states."""
-    heads = key.shape[2]
-    if not linear:
-        return heads
-    pad = padded_dim(key.shape[-1])
-    each = (num_q + num_k) * (pad + 1) * pad * key.element_size()
-    rounds = -(-heads * each // _STATE_BYTES)
-    return -(-heads // rounds)
+def _shares(key: Tensor, num_q: int, num_k: int, linear: bool) -> Iterator[tuple[slice, slice]]:
+    """Sequences and heads to prepare and attend together: all of them, if there are no states.
+
+    Else as many whole sequences as may be, or some heads of one.
+    """
+    batch, _, heads, head_dim = key.shape
+    pad = padded_dim(head_dim)
+    each = (num_q + num_k) * (pad + 1) * pad * key.element_size() if linear else 0
+    rounds = max(1, -(-heads * each // _STATE_BYTES))
+    some_heads = -(-heads // rounds)
+    sequences = max(1, _STATE_BYTES // (heads * each)) if linear else batch
+    for b in range(0, batch, sequences):
+        for h in range(0, heads, some_heads):
+            yield slice(b, b + sequences), slice(h, h + some_heads)
 
 
 @torch.library.custom_op("sla_video::mixed_attention", mutates_args=())
@@ -76,46 +82,44 @@ def _mixed_attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = key_mean.new_empty((batch, heads, length) if need_lse else 0)
     sparse = torch.empty_like(out) if keep_sparse and alpha is not None else query.new_empty(0)
-    step = _heads_at_a_time(key, indices.shape[2], num_blocks(length, block_k), alpha is not None)
-    for b in range(batch):
-        for first in range(0, heads, step):
-            # Views of one sequence and some of its heads: [1, L, h, D] and [1, h, ...].
-            part = slice(b, b + 1), slice(None), slice(first, first + step)
-            own = slice(b, b + 1), slice(first, first + step)
-            operands = prepare_keys(
-                key[part],
-                value[part],
-                key_mean[own],
-                _of(value_max, own),
-                block_k=block_k,
-                sparse_dtype=low_bit,
-                phi_k=features,
-                need_states=alpha is not None,
-            )
-            sums = None
-            if operands.states is not None and dropped is not None:
-                sums = sum_dropped_states(operands.states, dropped[own])
-                # Their memory serves the next heads.
-                operands = operands._replace(states=None)
-            attend(
-                query[part],
-                key[part],
-                value[part],
-                indices[own],
-                _of(counts, own),
-                key_mean[own],
-                operands=operands,
-                block_q=block_q,
-                block_k=block_k,
-                out=out[part],
-                lse=lse[own] if need_lse else None,
-                out_sparse=sparse[part] if sparse.numel() else None,
-                alpha=_of(alpha, own),
-                sums=sums,
-                sparse_dtype=low_bit,
-                low_query=_of(low_query, own),
-                query_scale=_of(query_scale, own),
-            )
+    num_q, num_k = indices.shape[2], num_blocks(length, block_k)
+    for own in _shares(key, num_q, num_k, alpha is not None):
+        # Views `[b, L, h, D]` and, of what has the heads before the tokens, `[b, h, ...]`.
+        part = own[0], slice(None), own[1]
+        operands = prepare_keys(
+            key[part],
+            value[part],
+            key_mean[own],
+            _of(value_max, own),
+            block_k=block_k,
+            sparse_dtype=low_bit,
+            phi_k=features,
+            need_states=alpha is not None,
+        )
+        sums = None
+        if operands.states is not None and dropped is not None:
+            sums = sum_dropped_states(operands.states, dropped[own])
+            # Their memory serves the next heads.
+            operands = operands._replace(states=None)
+        attend(
+            query[part],
+            key[part],
+            value[part],
+            indices[own],
+            _of(counts, own),
+            key_mean[own],
+            operands=operands,
+            block_q=block_q,
+            block_k=block_k,
+            out=out[part],
+            lse=lse[own] if need_lse else None,
+            out_sparse=sparse[part] if sparse.numel() else None,
+            alpha=_of(alpha, own),
+            sums=sums,
+            sparse_dtype=low_bit,
+            low_query=_of(low_query, own),
+            query_scale=_of(query_scale, own),
+        )
     return out, lse, sparse
 
 
