@@ -14,14 +14,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # The two shapes that stand for Wan 2.1 1.3B at 480p and 14B at 720p: tokens x heads x head dim.
 SHAPES = ("32760x12x128", "75600x40x128")
@@ -29,24 +26,13 @@ CHECK = "1500x2x128"
 TOLERANCE = {"bf16": 0.01, "int8": 0.03, "int8_fp8": 0.06}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Tokens, heads and head dimension of one sequence."""
+def inputs(text: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value of a shape such as "7168x4x64"."""
+    from sla_video.kernels.gpu_bench import Shape, gaussian_inputs
 
-    length: int
-    heads: int
-    head_dim: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        length, heads, head_dim = (int(part) for part in text.split("x"))
-        return cls(length=length, heads=heads, head_dim=head_dim)
-
-
-def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    size = (1, shape.length, shape.heads, shape.head_dim)
-    return [torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(3)]
+    length, heads, head_dim = (int(part) for part in text.split("x"))
+    shape = Shape(length=length, heads=heads, head_dim=head_dim)
+    return gaussian_inputs(shape, torch.device(device), dtype)
 
 
 def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Callable[[], Any]]:
@@ -154,21 +140,11 @@ def backward(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> Callable[
     return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
 
 
-def dense(qkv: list[Tensor], backend: SDPBackend) -> Callable[[], Tensor]:
-    heads_first = [x.transpose(1, 2) for x in qkv]
-
-    def run() -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*heads_first)
-
-    return run
-
-
 def check(device: str, dtype: torch.dtype, sparse_dtype: Any) -> float:
     """Relative L2 distance of the whole operator to `impl="torch"` unquantized."""
     from sla_video.kernels.api import sla2_attention
 
-    qkv = inputs(Shape.parse(CHECK if device == "cuda" else "200x1x64"), device, dtype)
+    qkv = inputs(CHECK if device == "cuda" else "200x1x64", device, dtype)
     got = sla2_attention(*qkv, sparsity=0.8, sparse_dtype=sparse_dtype, impl="triton")
     wanted = sla2_attention(*(x.float() for x in qkv), sparsity=0.8, impl="torch")
     assert isinstance(got, Tensor) and isinstance(wanted, Tensor)
@@ -203,6 +179,9 @@ def main() -> None:
         args.shapes, args.sparsities = ["200x1x64"], [0.5]
     elif not torch.cuda.is_available():
         sys.exit("no GPU here; --dry-run shows that the script works")
+    # Triton looks at its environment when it is imported.
+    from sla_video.kernels.gpu_timing import dense_runs
+
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     report: dict[str, Any] = {"torch": torch.__version__, "rows": []}
     if not dry:
@@ -210,14 +189,11 @@ def main() -> None:
     report["errors"] = {name: check(device, dtype, name) for name in args.formats}
     print("relative L2 error:", report["errors"], flush=True)
     for text in args.shapes:
-        qkv = inputs(Shape.parse(text), device, dtype)
+        qkv = inputs(text, device, dtype)
         reference = 0.0
         if not dry:
-            row = {
-                "shape": text,
-                "cudnn": time_of(dense(qkv, SDPBackend.CUDNN_ATTENTION), dry),
-                "flash": time_of(dense(qkv, SDPBackend.FLASH_ATTENTION), dry),
-            }
+            cudnn, flash = (time_of(run, dry) for run in dense_runs(qkv).values())
+            row = {"shape": text, "cudnn": cudnn, "flash": flash}
             reference = row["cudnn"]
             report["rows"].append(row)
             print(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,9 @@ def plot(result: Mapping[str, Any], out: Path) -> None:
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(out)
+    part = out.with_name(f".{out.name}.part")
+    figure.savefig(part, format=out.suffix.lstrip(".") or "png")
+    os.replace(part, out)
     pyplot.close(figure)
 
 

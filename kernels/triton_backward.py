@@ -107,13 +107,12 @@ def sla2_backward(
         if alpha is not None:
             alpha = alpha.contiguous()
             states = key_states(key, mean, value, block_k)
-            # Each name is used again, to let go of what it stood for.
-            total_sum, states = states.sums.sum(2), sum_dropped(states, dropped)
+            # The name is used again, to let go of what it stood for.
+            states = sum_dropped(states, dropped)
             grad_alpha, states = linear_query_backward(
                 grad_out,
                 query,
                 states,
-                total_sum,
                 alpha,
                 out_sparse,
                 grad_query,

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from sla_video.kernels.triton_backward_states import BlockStates, load_state
 from sla_video.kernels.triton_backward_tiles import (
-    LOG2E,
     Launch,
     Launches,
     batch_and_head,
@@ -38,7 +37,14 @@ from sla_video.kernels.triton_backward_tiles import (
     rows_left,
 )
 from sla_video.kernels.triton_inverse import InverseLists
-from sla_video.kernels.triton_tiles import load_rows, padded_dim, row_softmax, store_rows, strides
+from sla_video.kernels.triton_tiles import (
+    LOG2E,
+    load_rows,
+    padded_dim,
+    row_softmax,
+    store_rows,
+    strides,
+)
 
 
 @triton.jit

@@ -37,7 +37,6 @@ from sla_video.kernels.triton_backward_states import (
     store_state,
 )
 from sla_video.kernels.triton_backward_tiles import (
-    LOG2E,
     Launch,
     Launches,
     batch_and_head,
@@ -46,19 +45,13 @@ from sla_video.kernels.triton_backward_tiles import (
     packed_offset,
     rows_left,
 )
-from sla_video.kernels.triton_tiles import load_rows, padded_dim, store_rows, strides
-
-# Of a feature's sum over all tokens, the dropped ones are taken to hold this share at least: below,
-# the forward, which subtracts what is selected from the total, has but rounding errors.
-_SMALLEST_SHARE = tl.constexpr(1e-6)
-
-
-@triton.jit
-def unscaled_softmax(x, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Softmax over the first D columns of x `[ROWS, D_PAD]`, times its sum; zero beyond."""
-    if D < D_PAD:
-        x = tl.where((tl.arange(0, D_PAD) < D)[None, :], x, float("-inf"))
-    return tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
+from sla_video.kernels.triton_tiles import (
+    load_rows,
+    padded_dim,
+    store_rows,
+    strides,
+    unscaled_softmax,
+)
 
 
 @triton.jit(do_not_specialize=["length", "num_q"])
@@ -69,7 +62,6 @@ def _linear_query_kernel(
     states_ptr,
     factors_ptr,
     sums_ptr,
-    total_sum_ptr,
     alpha_ptr,
     query_states_ptr,
     query_factors_ptr,
@@ -99,8 +91,6 @@ def _linear_query_kernel(
     alpha = tl.load(alpha_ptr + block)
     # A row that drops nothing has no linear part.
     linear_weight = tl.where(tl.sum(dropped_sum, 0) > 0, 1.0 - alpha, 0.0)
-    total_sum = tl.load(total_sum_ptr + bh * D_PAD + cols)
-    dropped_sum = tl.maximum(dropped_sum, _SMALLEST_SHARE * total_sum)
 
     query_ptr += head_offset(query_strides, b, start_q, h)
     grad_out_ptr += head_offset(grad_strides, b, start_q, h)
@@ -123,7 +113,7 @@ def _linear_query_kernel(
         grad_phi = tl.dot(grad_out, tl.trans(state), input_precision="ieee") * factor
         # O_l, e and w phi do not change when phi is scaled: it need not add up to 1.
         phi = unscaled_softmax(query.to(tl.float32), D, D_PAD)
-        weight = tl.sum(phi * dropped_sum[None, :], 1)
+        weight = tl.maximum(tl.sum(phi * dropped_sum[None, :], 1), 1e-30)
         along_linear = tl.sum(phi * grad_phi, 1) / weight
         grad_alpha += along_sparse - along_linear
 
@@ -156,7 +146,6 @@ def linear_query_backward(
     grad_out: Tensor,
     query: Tensor,
     dropped: BlockStates,
-    total_sum: Tensor,
     alpha: Tensor,
     out_sparse: Tensor,
     grad_query: Tensor,
@@ -167,7 +156,6 @@ def linear_query_backward(
 
     Args:
         dropped: states of phi(K) and V, summed over the key blocks that each query block drops.
-        total_sum: `[B, H, D_PAD]` float32, sum of phi(K) over all tokens.
         grad_query: `[B, L, H, D]` contiguous, written in place.
 
     Returns:
@@ -186,7 +174,6 @@ def linear_query_backward(
         states_ptr=dropped.states,
         factors_ptr=dropped.factors,
         sums_ptr=dropped.sums,
-        total_sum_ptr=total_sum,
         alpha_ptr=alpha,
         query_states_ptr=found.states,
         query_factors_ptr=found.factors,

@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sla_video.kernels.triton_backward_tiles import (
-    LOG2E,
     Launch,
     Launches,
     batch_and_head,
@@ -36,7 +35,7 @@ from sla_video.kernels.triton_backward_tiles import (
     packed_offset,
     rows_left,
 )
-from sla_video.kernels.triton_tiles import load_rows, padded_dim, store_rows, strides
+from sla_video.kernels.triton_tiles import LOG2E, load_rows, padded_dim, store_rows, strides
 
 
 @triton.jit(do_not_specialize=["length", "num_q", "num_selected"])

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from sla_video.kernels.triton_tiles import capability, padded_dim
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Compute capabilities with 160 KiB and more of shared memory per program; others have about 99 KiB.
 _LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
 

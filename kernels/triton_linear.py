@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.triton_tiles import unscaled_softmax
+
 
 @triton.jit
 def linear_rows(
@@ -36,12 +38,8 @@ def linear_rows(
 ):
     """(1 - alpha) O_l of queries `[ROWS, D_PAD]`, from A_m in their dtype and z_m in float32."""
     offs_d = tl.arange(0, D_PAD)
-    # phi(q) but for its denominator, which cancels.
-    x = query.to(tl.float32)
-    if D < D_PAD:
-        x = tl.where((offs_d < D)[None, :], x, float("-inf"))
-    top = tl.max(x, 1) * 1.4426950408889634
-    phi_q = tl.exp2(x * 1.4426950408889634 - top[:, None])
+    # The denominator of phi(q) cancels.
+    phi_q = unscaled_softmax(query.to(tl.float32), D, D_PAD)
     divisor = tl.sum(phi_q * weight[None, :], 1)
     # For float32, split operands would not fit into shared memory here.
     linear = tl.dot(phi_q.to(query.dtype), state, input_precision="ieee")

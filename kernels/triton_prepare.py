@@ -41,11 +41,12 @@ from sla_video.kernels.triton_tiles import (
     quantization_scale,
     round_to_int8,
     strides,
+    unscaled_softmax,
 )
 
 
 class KeyOperands(NamedTuple):
-    """K and V as the sparse and linear kernels read them; P is `padded_dim(D)`.
+    """What is made of K and V for both branches; P is `padded_dim(D)`.
 
     Attributes:
         low_keys, key_scale: INT8 `[B, H, N, block_k, P]` and its scales `[B, H, N]`.
@@ -156,11 +157,7 @@ def _prepare_keys_kernel(
             factor = tl.where(exists, 1.0 / key_scale, 0.0)
             tl.store(low_keys_ptr + first + tile, round_to_int8(smooth * factor[:, None]))
         if states_ptr is not None:
-            x = smooth if SMOOTH_FEATURES else key
-            if D < D_PAD:
-                x = tl.where(mask_d[None, :], x, float("-inf"))
-            top = tl.max(x, 1) * 1.4426950408889634
-            phi = tl.exp2(x * 1.4426950408889634 - top[:, None])
+            phi = unscaled_softmax(smooth if SMOOTH_FEATURES else key, D, D_PAD)
             phi = phi * tl.where(exists, 1.0 / tl.sum(phi, 1), 0.0)[:, None]
             phi = phi.to(value_ptr.dtype.element_ty)
             state_block = bh.to(tl.int64) * state_blocks + n
@@ -184,9 +181,10 @@ def _prepare_keys_kernel(
                     scale = quantization_scale(value_max, LARGEST)
                     low = value.to(tl.float32) * (1.0 / scale)[None, :]
                     # The conversion to FP8 saturates, so rounding of the scale does no harm.
-                    low = (
-                        low.to(tl.float8e4nv) if SPARSE_DTYPE == "int8_fp8" else round_to_int8(low)
-                    )
+                    if SPARSE_DTYPE == "int8_fp8":
+                        low = low.to(tl.float8e4nv)
+                    else:
+                        low = round_to_int8(low)
                     tile_t = offs_e[:, None] * BLOCK_K + position[None, :]
                     low = _transposed(low, BLOCK_K, COLUMNS)
                     tl.store(low_values_ptr + first + tile_t, low)

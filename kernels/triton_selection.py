@@ -18,10 +18,7 @@ a multiple of 16. Hardware: compute capability 8.0.
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -198,13 +195,6 @@ def select_rows(
             num_warps=min(16, max(1, row // 512)),
         )
     return indices, logit, alpha, dropped
-
-
-def select_top_k(scores: Tensor, num_selected: int, log_tail: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`select_rows` of scores `[B, H, M, N]`: indices and logits."""
-    total = scores.shape[-1]
-    rows = F.pad(scores, (0, padded_row(total) - total), value=-math.inf).contiguous()
-    return select_rows(rows, total, num_selected, log_tail, need_alpha=False)[:2]
 
 
 def block_scores(queries: Tensor, keys: Tensor, key_mean: Tensor | None) -> Tensor:

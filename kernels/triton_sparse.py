@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sla_video.kernels.triton_tiles import in_matrix_order, load_rows, round_to_int8
+from sla_video.kernels.triton_tiles import LOG2E, in_matrix_order, load_rows, round_to_int8
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def sparse_rows(
     offs_k = tl.arange(0, BLOCK_K)
     tile = offs_k[:, None] * D_PAD + offs_d[None, :]
     tile_t = offs_d[:, None] * BLOCK_K + offs_k[None, :]
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2E
     if LOW_KEYS:
         query_scale = tl.load(query_scale_ptr + row)
         tile_q = tl.arange(0, BLOCK_Q)[:, None] * D_PAD + offs_d[None, :]
@@ -162,7 +162,7 @@ def sparse_rows(
     out = acc * (1.0 / row_sum)[:, None]
     if LOW_VALUES:
         out = out * tl.load(value_scale_ptr + bh * D_PAD + offs_d)[None, :]
-    lse = (row_max + tl.log2(row_sum) - peak) * 0.6931471805599453
+    lse = (row_max + tl.log2(row_sum) - peak) * (1.0 / LOG2E)
     if LOW_KEYS and NEED_LSE:
         mean = tl.load(key_mean_ptr + bh * D + offs_d, mask=offs_d < D, other=0.0)
         exact = load_rows(query_block_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)

@@ -33,6 +33,7 @@ class LaunchConfig(NamedTuple):
         }
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
 # The smallest tile that an 8-bit matrix unit sums over.
 _SMALLEST_DIM = 32
 
@@ -63,11 +64,17 @@ def store_rows(
 
 
 @triton.jit
-def row_softmax(x, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Softmax over the first D columns of x `[ROWS, D_PAD]`, zero beyond: the feature map."""
+def unscaled_softmax(x, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Softmax over the first D columns of x `[ROWS, D_PAD]` times its denominator, zero beyond."""
     if D < D_PAD:
         x = tl.where((tl.arange(0, D_PAD) < D)[None, :], x, float("-inf"))
-    x = tl.exp2((x - tl.max(x, 1)[:, None]) * 1.4426950408889634)
+    return tl.exp2(x * LOG2E - (tl.max(x, 1) * LOG2E)[:, None])
+
+
+@triton.jit
+def row_softmax(x, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Softmax over the first D columns of x `[ROWS, D_PAD]`, zero beyond: the feature map."""
+    x = unscaled_softmax(x, D, D_PAD)
     return x * (1.0 / tl.sum(x, 1))[:, None]
 
 

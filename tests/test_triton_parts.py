@@ -20,9 +20,9 @@ from sla_video.kernels.routing import block_means, mass_logit, num_blocks
 from sla_video.kernels.triton_attend import attend
 from sla_video.kernels.triton_linear import sum_dropped_states
 from sla_video.kernels.triton_prepare import prepare_keys
-from sla_video.kernels.triton_selection import block_scores, select_rows, select_top_k
+from sla_video.kernels.triton_selection import block_scores, select_rows
 from sla_video.kernels.triton_statistics import block_statistics
-from sla_video.kernels.triton_tiles import blocks_per_program
+from sla_video.kernels.triton_tiles import blocks_per_program, padded_row
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("no_grad")]
 
@@ -154,6 +154,14 @@ def test_low_bit_queries(poisoned, length):
     wanted = [quantize_int8(x, (-2, -1)) for x in query.transpose(1, 2).split(64, 2)]
     torch.testing.assert_close(got[:, :, :length, :40], torch.cat(wanted, 2), atol=1e-6, rtol=1e-6)
     assert not got[:, :, length:].any() and not got[..., 40:].any()
+
+
+def select_top_k(scores, kept, log_tail=0.0):
+    """`select_rows` of scores `[B, H, M, N]`: indices and logits."""
+    num_k = scores.shape[-1]
+    padding = (0, padded_row(num_k) - num_k)
+    rows = torch.nn.functional.pad(scores, padding, value=-math.inf).contiguous()
+    return select_rows(rows, num_k, kept, log_tail)[:2]
 
 
 @pytest.mark.parametrize(
