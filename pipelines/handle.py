@@ -14,6 +14,7 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.router import Router
+from sla_video.pipelines.lora import LoraAdapter, detach_lora, hide_lora, lora_of, switch_lora
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.stats import SLAStats
@@ -54,7 +55,10 @@ class FirstStepsDense:
         index = scheduler.step_index
         # Video to video begins in the middle of the schedule.
         step = 0 if index is None else index - (scheduler.begin_index or 0)
-        self._switch.first_steps = step < self._steps
+        dense = step < self._steps
+        if dense != self._switch.first_steps:
+            self._switch.first_steps = dense
+            switch_lora(module, on=not self._switch.dense)
 
 
 class TransformerPatch:
@@ -68,6 +72,7 @@ class TransformerPatch:
         self.switch = switch
         self.processors: dict[str, SLAAttnProcessor] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hide_lora: Any = None
 
     @staticmethod
     def of(transformer: nn.Module) -> TransformerPatch | None:
@@ -87,6 +92,7 @@ class TransformerPatch:
             self.layers[name].set_processor(processor)  # type: ignore[operator]
         if hook is not None:
             self._hook = transformer.register_forward_pre_hook(hook)
+        self._hide_lora = hide_lora(transformer)
         setattr(transformer, _PATCH_ATTRIBUTE, self)
 
     def remove(self, transformer: nn.Module) -> None:
@@ -103,6 +109,8 @@ class TransformerPatch:
                 )
         if self._hook is not None:
             self._hook.remove()
+        self._hide_lora.remove()
+        detach_lora(transformer)
         delattr(transformer, _PATCH_ATTRIBUTE)
 
 
@@ -170,7 +178,7 @@ class SLAHandle:
         resolution: tuple[int, int, int] | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> RouterSet:
-        """A copy of the routers with all that `save_routers` writes of them.
+        """A copy of the routers, and of LoRA beside them, with all that `save_routers` writes.
 
         Args:
             resolution: (frames, height, width) in pixels that the routers were trained at.
@@ -180,9 +188,17 @@ class SLAHandle:
             self.routers,
             config=self.config,
             models=self._identities,
+            lora=self._lora(),
             resolution=resolution,
             metrics=metrics,
         )
+
+    def _lora(self) -> dict[str, LoraAdapter]:
+        return {
+            component: adapter
+            for component, transformer in self._transformers.items()
+            if (adapter := lora_of(transformer)) is not None
+        }
 
     def stats(self) -> SLAStats:
         """What each layer did since it was patched or since `reset_stats`. Waits for the device."""
@@ -216,11 +232,24 @@ class SLAHandle:
 
     @contextmanager
     def dense(self) -> Iterator[SLAHandle]:
-        """Within the block all layers run Diffusers' own attention, for instance as a teacher."""
+        """Within the block all layers run Diffusers' own attention, for instance as a teacher.
+
+        LoRA that came with the routers is off there: this is the model as it was.
+        """
         with ExitStack() as stack:
             for patch in self._patches.values():
                 stack.enter_context(patch.switch.forced())
-            yield self
+            self._follow_switches()
+            try:
+                yield self
+            finally:
+                stack.close()
+                self._follow_switches()
+
+    def _follow_switches(self) -> None:
+        """LoRA belongs to sparse attention: it is off where the transformer runs dense."""
+        for component, transformer in self._in_place().items():
+            switch_lora(transformer, on=not self._patches[component].switch.dense)
 
     def remove(self) -> None:
         """Put the original processors back. The routers stay readable in this handle.

@@ -14,6 +14,7 @@ from sla_video.config import Implementation, SLAConfig, SparseDtype
 from sla_video.kernels.api import available_implementations
 from sla_video.kernels.router import Router
 from sla_video.pipelines.handle import FirstStepsDense, SLAHandle, TransformerPatch
+from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
@@ -124,9 +125,25 @@ def enable_sla(
         processors = _make_processors(name, layers, settings, router_set, switch)
         hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
         prepared.append((transformer, TransformerPatch(layers, switch), processors, hook))
+    if router_set is not None:
+        _attach_all(transformers, router_set.lora)
     for transformer, patch, processors, hook in prepared:
         patch.install(transformer, processors, hook)
     return SLAHandle(transformers, identities, settings)
+
+
+def _attach_all(transformers: Mapping[str, nn.Module], lora: Mapping[str, LoraAdapter]) -> None:
+    """Add the LoRA of all components, or of none if one does not fit."""
+    attached: list[nn.Module] = []
+    try:
+        for component, transformer in transformers.items():
+            if component in lora:
+                attach_lora(transformer, lora[component])
+                attached.append(transformer)
+    except Exception:
+        for transformer in attached:
+            detach_lora(transformer)
+        raise
 
 
 def disable_sla(pipe_or_transformer: Any) -> None:

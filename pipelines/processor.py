@@ -19,6 +19,7 @@ from sla_video.config import SLAConfig
 from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import num_blocks
+from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.stats import LayerRecorder, router_estimate
 
 logger = logging.getLogger("sla_video")
@@ -148,6 +149,7 @@ class SLAAttnProcessor(nn.Module):
         """
         if attention_mask is not None:
             self._warn_of_mask()
+        check_not_fused(attn)
         dense = (
             self.sparsity is None
             or self.switch.dense

@@ -1,6 +1,7 @@
 """Routers on disk: a folder with one safetensors file and one JSON file. Never pickle.
 
-`routers.safetensors` holds the tensors, named "transformer.blocks.0.attn1.query_proj".
+`routers.safetensors` holds the tensors, named "transformer.blocks.0.attn1.query_proj", and those of
+LoRA, where there is any, as "transformer.lora.blocks.0.attn1.to_q.lora_A.weight".
 `routers.json` says what they are, and holds the SHA-256 of the other file, so that a truncated
 file and a folder that was left half written are told from a good one.
 """
@@ -24,12 +25,14 @@ import sla_video
 from sla_video.config import SLAConfig
 from sla_video.kernels.router import Router
 from sla_video.pipelines.errors import InputError, one_line
+from sla_video.pipelines.lora import LoraAdapter
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 
 if TYPE_CHECKING:
     from sla_video.pipelines.handle import SLAHandle
 
-FORMAT_VERSION = 1
+# Version 2 is written only where there is LoRA, which readers of version 1 would leave out.
+FORMAT_VERSIONS = (1, 2)
 WEIGHTS_FILE = "routers.safetensors"
 DESCRIPTION_FILE = "routers.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -63,9 +66,12 @@ def save_routers(
         for name, router in routers.routers.items()
         for key, tensor in router.state_dict().items()
     }
+    for component, adapter in routers.lora.items():
+        for key, tensor in adapter.tensors.items():
+            tensors[f"{component}.lora.{key}"] = tensor.detach().cpu().contiguous()
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[bool(routers.lora)],
         "library_version": sla_video.__version__,
         "models": {
             component: {
@@ -77,6 +83,7 @@ def save_routers(
         },
         "layers": sorted(routers.routers),
         "sla": routers.config.to_dict(),
+        **({"lora": _describe_lora(routers.lora)} if routers.lora else {}),
         "resolution": resolution if resolution is not None else routers.resolution,
         "metrics": dict(routers.metrics if metrics is None else metrics),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -117,6 +124,7 @@ def load_routers(source: str | os.PathLike[str]) -> RouterSet:
         resolution = description["resolution"]
         digest = description["weights_sha256"]
         metrics = dict(description["metrics"])
+        lora = {name: dict(fields) for name, fields in description.get("lora", {}).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{folder / DESCRIPTION_FILE} is corrupt: {type(error).__name__} {one_line(error)}; "
@@ -127,6 +135,7 @@ def load_routers(source: str | os.PathLike[str]) -> RouterSet:
         routers=_build_routers(folder / WEIGHTS_FILE, layers, tensors, config, models),
         config=config,
         models=models,
+        lora=_build_lora(folder / WEIGHTS_FILE, lora, tensors),
         resolution=None if resolution is None else tuple(resolution),
         metrics=metrics,
     )
@@ -169,10 +178,11 @@ def _read_description(path: Path) -> dict[str, Any]:
     version = description.get("format_version") if isinstance(description, dict) else None
     if version is None:
         raise InputError(f"{path} does not describe routers: it has no `format_version`")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise InputError(
             f"{path} has format version {version!r}, but sla-video {sla_video.__version__} reads "
-            f"version {FORMAT_VERSION}: update sla-video, or save the routers again"
+            f"versions {FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}: update sla-video, or save "
+            "the routers again"
         )
     return dict(description)
 
@@ -220,6 +230,41 @@ def _build_routers(
             f"{path} does not hold what {DESCRIPTION_FILE} describes: {one_line(error)}"
         ) from error
     return routers
+
+
+def _describe_lora(lora: Mapping[str, LoraAdapter]) -> dict[str, Any]:
+    return {
+        component: {
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "targets": list(adapter.targets),
+            "layers": len(adapter.tensors) // 2,
+        }
+        for component, adapter in lora.items()
+    }
+
+
+def _build_lora(
+    path: Path, description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, LoraAdapter]:
+    lora = {}
+    try:
+        for component, fields in description.items():
+            prefix = f"{component}.lora."
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if len(part) != 2 * fields["layers"]:
+                raise ValueError(f"{len(part)} LoRA tensors, not {2 * fields['layers']}")
+            lora[component] = LoraAdapter(
+                rank=int(fields["rank"]),
+                alpha=float(fields["alpha"]),
+                targets=tuple(fields["targets"]),
+                tensors=part,
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} does not hold what {DESCRIPTION_FILE} describes: {one_line(error)}"
+        ) from error
+    return lora
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.router import Router
+from sla_video.pipelines.lora import LoraAdapter
 
 # The fields of a transformer's configuration that make its attention what it is. A fixed list:
 # releases of Diffusers add fields, and routers have to outlive that.
@@ -88,6 +89,7 @@ class RouterSet:
         routers: "transformer.blocks.0.attn1" -> router, for each layer that is not dense.
         config: the settings that the routers were trained with.
         models: "transformer" (and "transformer_2") -> the kind of model.
+        lora: "transformer" -> corrections of its projections, where they were trained.
         resolution: (frames, height, width) in pixels of the training, if known.
         metrics: whatever was measured; anything that JSON can hold.
     """
@@ -95,6 +97,7 @@ class RouterSet:
     routers: Mapping[str, Router]
     config: SLAConfig
     models: Mapping[str, ModelIdentity]
+    lora: Mapping[str, LoraAdapter] = field(default_factory=dict)
     resolution: tuple[int, int, int] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,6 +108,7 @@ class RouterSet:
         *,
         config: SLAConfig,
         models: Mapping[str, ModelIdentity],
+        lora: Mapping[str, LoraAdapter] | None = None,
         resolution: tuple[int, int, int] | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> RouterSet:
@@ -113,6 +117,7 @@ class RouterSet:
             routers={name: copy.deepcopy(router) for name, router in routers.items()},
             config=config,
             models=dict(models),
+            lora=dict(lora or {}),
             resolution=resolution,
             metrics=dict(metrics or {}),
         )

@@ -54,7 +54,7 @@ def swap_layers(description):
         (lambda f: (f / "routers.json").write_text("{}"), "it has no `format_version`"),
         (lambda f: (f / "routers.json").unlink(), "holds no routers: routers.json is missing"),
         (lambda f: (f / "routers.safetensors").unlink(), "routers.safetensors is missing there"),
-        (lambda f: edit(f, lambda d: d.update(format_version=2)), "version 2, but sla-video 0"),
+        (lambda f: edit(f, lambda d: d.update(format_version=3)), "version 3, but sla-video 0"),
         (lambda f: edit(f, lambda d: d.pop("sla")), "routers.json is corrupt: KeyError 'sla'"),
         (lambda f: edit(f, lambda d: d.update(models=3)), "routers.json is corrupt: Attrib"),
         (lambda f: edit(f, lambda d: d["sla"].update(sparsity=2)), "`sparsity` must be in [0, 1)"),

@@ -1,0 +1,234 @@
+"""Low-rank corrections of the projections around the attention, as stage 2 of the training makes.
+
+They are a PEFT adapter named "sla" beside whatever adapters the user has. A layer that had no
+adapter gets its own module back when ours is taken off, so that nothing of it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+ADAPTER_NAME = "sla"
+ATTENTION_PROJECTIONS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraAdapter:
+    """The adapter of one transformer, apart from it.
+
+    Attributes:
+        rank: of every correction.
+        alpha: a correction is scaled by `alpha / rank`.
+        targets: ends of the names of the linear layers that have one.
+        tensors: "blocks.0.attn1.to_q.lora_A.weight" -> `[rank, in]`; `lora_B`: `[out, rank]`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def add_lora(
+    transformer: nn.Module,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = ATTENTION_PROJECTIONS,
+) -> None:
+    """Add a fresh adapter, which changes nothing yet. Its weights are float32 and trainable.
+
+    What else is trainable stays so, and other adapters stay active.
+
+    Args:
+        rank: of every correction, at least 1.
+        alpha: scale times `rank`; default `rank`.
+        targets: ends of the names of the linear layers to correct.
+
+    Raises:
+        ValueError: the transformer has our adapter already, its projections are fused, or it has
+            no layer of such a name.
+    """
+    from peft import LoraConfig
+
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}")
+    if ADAPTER_NAME in getattr(transformer, "peft_config", {}):
+        raise ValueError(f"the transformer has an adapter named {ADAPTER_NAME!r} already")
+    if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
+        raise ValueError(
+            "the projections are fused (`fuse_qkv_projections`), and LoRA corrects them one by "
+            "one: call `unfuse_qkv_projections` first"
+        )
+    names = [name for name, _ in transformer.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise ValueError(f"the transformer has no layer whose name ends with {target!r}")
+    trainable = {id(p): p.requires_grad for p in transformer.parameters()}
+    active = _active_adapters(transformer)
+    transformer.add_adapter(  # type: ignore[operator]
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type,unused-ignore]
+            target_modules=list(targets),
+        ),
+        adapter_name=ADAPTER_NAME,
+    )
+    for layer, before in _tuned_layers(transformer, active):
+        layer.set_adapter([*before, ADAPTER_NAME] if _has_ours(layer) else before)
+    for parameter in transformer.parameters():
+        parameter.requires_grad_(trainable.get(id(parameter), True))
+    for parameter in lora_parameters(transformer).values():
+        parameter.data = parameter.data.float()
+
+
+def attach_lora(transformer: nn.Module, adapter: LoraAdapter) -> None:
+    """Add an adapter with these weights, in the dtype of the layers, not trainable.
+
+    Raises:
+        ValueError: as `add_lora`, or the weights do not fit the transformer.
+    """
+    with torch.random.fork_rng(devices=[]):
+        add_lora(transformer, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+    own = lora_parameters(transformer)
+    wrong = sorted(set(own) ^ set(adapter.tensors)) or [
+        name for name, tensor in adapter.tensors.items() if tensor.shape != own[name].shape
+    ]
+    if wrong:
+        detach_lora(transformer)
+        raise ValueError(f"the LoRA weights do not fit the transformer: see {wrong[0]!r}")
+    for layer in _our_layers(transformer):
+        weight = layer.get_base_layer().weight
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        for part in (layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]):
+            part.to(dtype)
+    for name, parameter in lora_parameters(transformer).items():
+        parameter.data.copy_(adapter.tensors[name])
+        parameter.requires_grad_(False)
+
+
+def detach_lora(transformer: nn.Module) -> None:
+    """Take our adapter off. Layers that have no other one are the modules they were before."""
+    config = getattr(transformer, "peft_config", {})
+    if ADAPTER_NAME not in config:
+        return
+    names = {id(module): name for name, module in transformer.named_modules()}
+    for layer in _our_layers(transformer):
+        others = [name for name in layer.lora_A if name != ADAPTER_NAME]
+        if others:
+            active = [name for name in layer.active_adapters if name != ADAPTER_NAME]
+            layer.set_adapter(active)
+            layer.delete_adapter(ADAPTER_NAME)
+        else:
+            parent, _, child = names[id(layer)].rpartition(".")
+            setattr(transformer.get_submodule(parent), child, layer.get_base_layer())
+    config.pop(ADAPTER_NAME)
+    if not config:
+        del transformer.peft_config
+        transformer._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def lora_of(transformer: nn.Module) -> LoraAdapter | None:
+    """A copy of our adapter on the CPU; None where there is none."""
+    config = getattr(transformer, "peft_config", {}).get(ADAPTER_NAME)
+    if config is None:
+        return None
+    return LoraAdapter(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        targets=tuple(sorted(config.target_modules)),
+        tensors={
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in lora_parameters(transformer).items()
+        },
+    )
+
+
+def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of our adapter by the names of `LoraAdapter.tensors`."""
+    inner = f".{ADAPTER_NAME}."
+    return {
+        name.replace(inner, "."): parameter
+        for name, parameter in transformer.named_parameters()
+        if inner in name and ("lora_A" in name or "lora_B" in name)
+    }
+
+
+def switch_lora(transformer: nn.Module, *, on: bool) -> None:
+    """Let our adapter have its effect, or none; other adapters are left alone."""
+    for layer in _our_layers(transformer):
+        layer.set_scale(ADAPTER_NAME, 1.0 if on else 0.0)
+
+
+@contextmanager
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """Within the block our adapter adds nothing."""
+    switch_lora(transformer, on=False)
+    try:
+        yield
+    finally:
+        switch_lora(transformer, on=True)
+
+
+def check_not_fused(attn: Any) -> None:
+    """Raise a ValueError if fused projections would leave our adapter out in silence."""
+    if attn.fused_projections and any(_has_ours(getattr(attn, n, None)) for n in ("to_q", "to_k")):
+        raise ValueError(
+            "these routers come with LoRA, which fused projections (`fuse_qkv_projections`) leave "
+            "out: call `unfuse_qkv_projections`, or disable SLA before fusing"
+        )
+
+
+def hide_lora(transformer: nn.Module) -> Any:
+    """Keep our adapter out of `state_dict()`: `save_pretrained` goes on writing the model itself.
+
+    Returns the handle that ends this. With other adapters beside ours, their names stay as PEFT
+    makes them.
+    """
+    return transformer.register_state_dict_post_hook(_hide)
+
+
+def _hide(transformer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    bare = list(getattr(transformer, "peft_config", {})) == [ADAPTER_NAME]
+    for name in list(state):
+        if f".{ADAPTER_NAME}." in name:
+            del state[name]
+        elif bare and ".base_layer." in name:
+            state[name.replace(".base_layer.", ".")] = state.pop(name)
+
+
+def _has_ours(layer: Any) -> bool:
+    return ADAPTER_NAME in getattr(layer, "lora_A", {})
+
+
+def _our_layers(transformer: nn.Module) -> list[Any]:
+    return [layer for layer in transformer.modules() if _has_ours(layer)]
+
+
+def _active_adapters(transformer: nn.Module) -> dict[int, list[str]]:
+    """Active adapters of each layer that has any, by the layer's identity."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        id(module): list(module.active_adapters)
+        for module in transformer.modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+def _tuned_layers(
+    transformer: nn.Module, active: Mapping[int, list[str]]
+) -> list[tuple[Any, list[str]]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [
+        (module, active.get(id(module), []))
+        for module in transformer.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
