@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sla_video import __version__
+from sla_video import __version__, cli_finetune
 from sla_video.console import PROGRAM, run_command, set_up_messages
 from sla_video.pipelines.errors import InputError
 
@@ -268,6 +268,9 @@ def bench(
         return
     file.write(result)
     _print_tables(bench_tables(result))
+
+
+cli_finetune.register(app)
 
 
 @app.command()
