@@ -279,7 +279,10 @@ class _Run:
             "steps": loop.pace.steps,
             "minutes": loop.pace.elapsed / 60,
             "processes": accelerator.num_processes,
-            "history": [r for r in loop.history if "validation" in r] + loop.history[-1:],
+            "history": [
+                *(r for r in loop.history if "validation" in r),
+                *[r for r in loop.history if "loss" in r][-1:],
+            ],
             "versions": versions(),
         }
         save_results(accelerator, student, config.out, resolution=self.size, metrics=metrics)

@@ -78,7 +78,8 @@ class TrainingLoop:
         # step whose loss was not finite.
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._counted = 0
-        self._logged_at = (pace.steps, pace.elapsed)
+        # The first step, which compiles, is not timed.
+        self._logged_at = (pace.steps + 1, pace.elapsed)
         self._bad_step = torch.full((), -1, dtype=torch.long, device=device)
         self._skips = getattr(optimizer, "optimizer", optimizer).defaults.get("fused", False)
 

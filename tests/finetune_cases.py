@@ -11,10 +11,10 @@ from typing import Any
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from tiny_models import TEXT_DIM, build_tiny_transformer
 
 from sla_video.calibration.finetune_config import FinetuneConfig
 from sla_video.calibration.student import Student
+from tiny_models import TEXT_DIM, build_tiny_transformer
 
 LATENTS = (4, 3, 8, 8)
 # Of a run on the tiny pipeline: 3 x 8 x 8 = 192 tokens, 2 x 3 blocks.

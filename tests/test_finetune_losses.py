@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from finetune_cases import make_batch, make_student
 
+from finetune_cases import make_batch, make_student
 from sla_video.calibration import alignment
 from sla_video.calibration.alignment import Draw, alignment_loss, draw_blocks, draw_stream
 from sla_video.calibration.clip_source import noise_level

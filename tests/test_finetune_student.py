@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from finetune_cases import make_batch, make_student
-from tiny_models import build_tiny_transformer
 
+from finetune_cases import make_batch, make_student
 from sla_video.calibration.soft_attention import SoftAttention
 from sla_video.kernels.api import sla2_attention
+from tiny_models import build_tiny_transformer
 
 PROJECTIONS = {"query_proj", "key_proj"}
 ALPHA = {"alpha_scale", "alpha_bias"}
@@ -30,12 +30,15 @@ def test_gradients_reach_what_is_trained_and_nothing_else(trainable: str) -> Non
     routers = {n for n in touched if n.startswith("routers.")}
     kinds = {n.rpartition(".")[2] for n in routers}
     others = touched - routers
-    assert kinds == {
-        "router": PROJECTIONS,
-        "router+alpha": PROJECTIONS | ALPHA,
-        "lora": ALPHA,
-        "full": ALPHA,
-    }[trainable]
+    assert (
+        kinds
+        == {
+            "router": PROJECTIONS,
+            "router+alpha": PROJECTIONS | ALPHA,
+            "lora": ALPHA,
+            "full": ALPHA,
+        }[trainable]
+    )
     assert len(routers) == 3 * len(kinds)
     if trainable.startswith("router"):
         assert others == set()

@@ -1,0 +1,147 @@
+"""Whole runs of fine-tuning as programs: several processes, kills, resuming, results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from finetune_cases import SMALL_SIZE, command, losses_of, run_program, write_videos
+from sla_video.calibration.finetune import finetune
+from sla_video.calibration.finetune_config import FinetuneConfig
+from sla_video.pipelines.patching import enable_sla
+from sla_video.pipelines.router_files import load_routers
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos") / "data"
+    write_videos(folder, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(tiny_pipeline_dir: Path, videos: Path) -> Callable[..., list[str]]:
+    def make(out: Path, **settings: object) -> list[str]:
+        settings = {"max_steps": STEPS, "save_every": 1, "batch_size": 2, **settings}
+        settings = {"loss": "ssa", "ema": 0.9, "sparse_dtype": "int8", **settings}
+        return command(out, tiny_pipeline_dir, videos, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole_run(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run_program(words(out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_routers_that_enable_sla_takes(whole_run: Path, tiny_pipeline: object) -> None:
+    losses = losses_of(whole_run)
+    assert len(losses) == STEPS and all(loss > 0 for loss in losses)
+    routers = load_routers(whole_run / "routers")
+    assert routers.config.sparse_dtype == "int8" and routers.resolution == (9, 64, 64)
+    assert routers.metrics["settings"]["loss"] == "ssa"
+    assert "torch" in routers.metrics["versions"]
+    first, last = (r["validation"] for r in routers.metrics["history"] if "validation" in r)
+    assert set(first) == {"velocity_error@0.34", "flow_loss@0.34", "flow_loss@dense"}
+    assert last["flow_loss@dense"] == pytest.approx(first["flow_loss@dense"])
+    lora = routers.lora["transformer"]
+    assert lora.rank == 2
+    assert any(t.any() for name, t in lora.tensors.items() if "lora_B" in name)
+    with enable_sla(tiny_pipeline, routers) as handle:
+        assert handle.router_set().lora["transformer"].rank == 2
+    kept = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (STEPS - 1, STEPS)]
+
+
+def kill_at(words: list[str], there: Callable[[], bool]) -> None:
+    """Run a program and kill it as soon as something is `there`."""
+    process = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    ends = time.monotonic() + 120
+    while not there() and time.monotonic() < ends:
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def test_killed_in_a_step_and_in_a_save_it_takes_the_same_steps(
+    words: Callable[..., list[str]], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    folder = out / "checkpoints"
+    kill_at(words(out), lambda: (folder / "step-00000002").is_dir())
+    # What that kill left half written is gone before the next save begins.
+    for path in folder.glob("*.new"):
+        shutil.rmtree(path)
+    kill_at(words(out, resume=True), lambda: bool(list(folder.glob("step-*.new"))))
+    assert list(folder.glob("step-*.new")), "the kill came after the save"
+    done = run_program(words(out, resume=True))
+    assert done.returncode == 0, done.stderr
+    assert losses_of(out) == losses_of(whole_run)
+    mine, theirs = (load_routers(run / "routers") for run in (out, whole_run))
+    for name, tensor in mine.lora["transformer"].tensors.items():
+        assert torch.equal(tensor, theirs.lora["transformer"].tensors[name])
+    assert not list(folder.glob("*.new"))
+
+
+def test_two_processes_take_the_steps_of_one(
+    words: Callable[..., list[str]], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = run_program([*launch, *words(out, batch_size=1)], env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((out / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())
+    assert state["processes"] == 2
+    assert losses_of(out) == pytest.approx(losses_of(whole_run), rel=2e-4)
+
+
+def test_a_stopped_run_goes_on(tiny_pipeline_dir: Path, videos: Path, tmp_path: Path) -> None:
+    """All weights trained, several sparsities, accumulation: stopped in the middle or not."""
+    config = FinetuneConfig(
+        model=str(tiny_pipeline_dir),
+        data=str(videos),
+        out=tmp_path / "a",
+        **SMALL_SIZE,
+        trainable="full",
+        loss="flow",
+        sparsity=(0.34, 0.67),
+        accumulate=2,
+        max_steps=4,
+        log_every=1,
+        validation_clips=1,
+    )
+    whole = finetune(config)
+    part = dataclasses.replace(config, out=tmp_path / "b", stop_after=2)
+    assert not finetune(part)["finished"]
+    assert not (part.out / "routers").exists()
+    assert finetune(dataclasses.replace(part, resume=True, stop_after=0))["finished"]
+    assert losses_of(config.out) == losses_of(part.out)
+    assert len(losses_of(config.out)) == 4 and whole["finished"]
+    mine, theirs = (
+        WanTransformer3DModel.from_pretrained(run.out / "transformer") for run in (part, config)
+    )
+    original = WanTransformer3DModel.from_pretrained(tiny_pipeline_dir / "transformer")
+    for name, tensor in mine.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+        assert not torch.equal(tensor, original.state_dict()[name]), name
