@@ -82,7 +82,10 @@ def generate(
     ] = "tiny-wan",
     routers: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of trained routers.  [default: training-free]"),
+        typer.Option(
+            help="Folder or hub id of trained routers; none is the training-free mode.  "
+            "[default: the model's own, or none]"
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
