@@ -97,7 +97,6 @@ def sla2_backward(
     indices, lse, key_mean = indices.contiguous(), lse.contiguous(), key_mean.contiguous()
     counts = None if counts is None else counts.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    blocks = {"block_q": block_q, "block_k": block_k}
     grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
     grad_alpha = states = None
     mean = key_mean if phi_k == "smoothed" else None
@@ -133,7 +132,8 @@ def sla2_backward(
             grad_lse=grad_lse,
             exact_lse=exact_lse,
             add=alpha is not None,
-            **blocks,
+            block_q=block_q,
+            block_k=block_k,
         )
         grad_key_mean, _ = key_backward(
             grad_out,
@@ -147,7 +147,8 @@ def sla2_backward(
             mean,
             grad_key,
             grad_value,
-            **blocks,
+            block_q=block_q,
+            block_k=block_k,
         )
     if grad_key_mean is not None:
         grad_key_mean = None if mean is None else grad_key_mean[..., :head_dim]
