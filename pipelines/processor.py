@@ -24,6 +24,12 @@ from sla_video.pipelines.stats import LayerRecorder, router_estimate
 
 logger = logging.getLogger("sla_video")
 
+# (processor, query, key, value) -> output, all `[B, L, H, D]`.
+Attention = Callable[
+    ["SLAAttnProcessor", torch.Tensor, torch.Tensor, torch.Tensor],
+    torch.Tensor,
+]
+
 
 class DenseSwitch:
     """Shared by the processors of one transformer: whether all of them run dense just now."""
@@ -82,6 +88,9 @@ class SLAAttnProcessor(nn.Module):
         self.sparsity = sparsity
         self.switch = switch
         self.recorder = LayerRecorder()
+        # Training puts its own between the projections, for instance to see both kinds of
+        # attention. Calls that run dense never reach it.
+        self.attention: Attention | None = None
         self._impl = config.impl
         self._options: dict[str, Any] = {
             "block_q": config.block_q,
@@ -185,7 +194,28 @@ class SLAAttnProcessor(nn.Module):
     ) -> torch.Tensor:
         query, key, value = project_in(attn, hidden_states, rotary_emb)
         self._follow(query.device)
+        if self.attention is not None:
+            return project_out(attn, self.attention(self, query, key, value))
         return project_out(attn, self._operator(query, key, value))
+
+    def sla2(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """SLA2 of `[B, L, H, D]` with the router and the settings of this layer, unrecorded."""
+        assert self.sparsity is not None
+        return sla2_attention(
+            query,
+            key,
+            value,
+            self.router,
+            sparsity=self.sparsity,
+            impl=self._impl,
+            return_lse=False,
+            **self._options,
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings of `sla2_attention`, sparsity and implementation apart; a copy."""
+        return dict(self._options)
 
     def _operator(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -1,0 +1,369 @@
+"""A run of stage 2 put together: networks, data, optimizer, loop, results."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, set_seed
+from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from sla_video.calibration import training_checkpoint
+from sla_video.calibration.clip_source import ClipSource, Sampler
+from sla_video.calibration.finetune_config import FinetuneConfig
+from sla_video.calibration.pace import Pace
+from sla_video.calibration.student import Student, compile_blocks
+from sla_video.calibration.training_loop import TrainingLoop
+from sla_video.calibration.validation import validate
+from sla_video.kernels.api import available_implementations
+from sla_video.pipelines.environment import versions
+from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
+from sla_video.pipelines.loading import download
+from sla_video.pipelines.model_source import ModelSource, find_model, read_json
+from sla_video.pipelines.progress import NoProgress, Progress, TerminalProgress
+from sla_video.pipelines.router_files import save_routers
+
+CONFIG_FILE = "finetune.json"
+
+
+def run(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune as `config` says; see `finetune`."""
+    source = find_model(config.model)
+    resume = _check_out(config)
+    accelerator = _accelerator(config)
+    progress: Progress = TerminalProgress() if accelerator.is_main_process else NoProgress()
+    try:
+        return _Run(config, source, accelerator, progress).train(resume)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"out of memory ({one_line(error, limit=120)}): lower --batch-size, use "
+            "--gradient-checkpointing, or more processes with FSDP"
+        ) from error
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise InputError("out of memory: lower --batch-size") from error
+        raise
+    finally:
+        progress.close()
+        accelerator.end_training()
+
+
+def _check_out(config: FinetuneConfig) -> Path | None:
+    """The checkpoint to go on from, before anything is loaded."""
+    found = training_checkpoint.find_all(config.out)
+    if not config.resume:
+        if found:
+            raise InputError(
+                f"{config.out} holds the checkpoint of another run, {found[-1].name}: add --resume "
+                "to go on, or give another --out"
+            )
+        return None
+    if not found:
+        raise InputError(f"nothing to resume: {config.out} holds no checkpoint; leave --resume out")
+    different = config.differences(training_checkpoint.read_state(found[-1])["config"])
+    if different:
+        raise InputError(f"{found[-1]} was trained with other settings: {different}")
+    return found[-1]
+
+
+def _accelerator(config: FinetuneConfig) -> Accelerator:
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                "optimizer 'adamw8bit' needs bitsandbytes: `pip install bitsandbytes`, or take "
+                "'adamw'"
+            ) from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "no"
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=config.tracker,
+            project_dir=config.out,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"cannot set up Accelerate: {one_line(error)}") from error
+    if config.tracker and not accelerator.log_with:
+        raise InputError(f"tracker {config.tracker!r} is not installed: `pip install` it first")
+    if _sharded(accelerator) and accelerator.state.fsdp_plugin.fsdp_version < 2:
+        raise InputError("FSDP version 1 is not supported: set fsdp_version to 2 in the config")
+    available = available_implementations().get(config.impl, "available")
+    if available != "available":
+        raise InputError(f"impl={config.impl!r} cannot run here: {available}")
+    return accelerator
+
+
+def _sharded(accelerator: Accelerator) -> bool:
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+class _Run:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        source: ModelSource,
+        accelerator: Accelerator,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.progress = progress
+        self.defaults = source.defaults
+        self.size = (
+            config.frames or source.defaults.frames,
+            config.height or source.defaults.height,
+            config.width or source.defaults.width,
+        )
+        source.geometry.check(*self.size)
+        if source.folder is None:
+            with accelerator.main_process_first():
+                self.folder = download(source.name)
+        else:
+            self.folder = source.folder
+        index = read_json(self.folder / "model_index.json")
+        if index.get("expand_timesteps") or (index.get("transformer_2") or [None])[0]:
+            raise InputError(
+                f"model {config.model!r} has two transformers or a noise level for each token, "
+                "which fine-tuning does not support yet: take a Wan 2.1 model"
+            )
+
+    def train(self, resume: Path | None) -> dict[str, Any]:
+        config, accelerator = self.config, self.accelerator
+        set_seed(config.seed)
+        if accelerator.is_main_process:
+            training_checkpoint.remove_unfinished(config.out)
+            _write_json(config.out / CONFIG_FILE, config.to_dict())
+        clips = self._clips()
+        student = self._student(clips)
+        wrapped, optimizer = self._prepare(student)
+        trainable = student.trainable()
+        ema = None
+        if config.ema:
+            ema = EMAModel(trainable.values(), decay=config.ema, foreach=True)
+        sampler = Sampler(
+            clips,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            processes=accelerator.num_processes,
+            process=accelerator.process_index,
+            accumulate=config.accumulate,
+            shift=self._shift(),
+            caption_dropout=config.caption_dropout,
+        )
+        state: dict[str, Any] = {}
+        if resume is not None:
+            state = training_checkpoint.read_state(resume)
+            self._check_batch(state)
+            shadow = None if ema is None else ema.shadow_params
+            training_checkpoint.load(
+                accelerator, resume, trainable=trainable, ema=shadow, optimizer=optimizer
+            )
+            if ema is not None:
+                ema.optimization_step = state["ema_steps"]
+        pace = Pace(
+            accelerator,
+            max_steps=config.max_steps,
+            minutes=config.minutes,
+            warmup_steps=config.warmup_steps,
+            cooldown=config.cooldown,
+            shape=config.schedule,
+            steps=state.get("step", 0),
+            elapsed=state.get("elapsed", 0.0),
+        )
+
+        def measure(step: int) -> dict[str, Any]:
+            self.progress.stage("validate")
+            if ema is not None:
+                ema.store(trainable.values())
+                ema.copy_to(trainable.values())
+            try:
+                return validate(
+                    accelerator,
+                    student,
+                    wrapped,
+                    clips,
+                    sparsities=config.sparsity,
+                    batch_size=config.batch_size,
+                    shift=self._shift(),
+                )
+            finally:
+                if ema is not None:
+                    ema.restore(trainable.values())
+
+        loop = TrainingLoop(
+            accelerator,
+            config,
+            student=student,
+            wrapped=wrapped,
+            optimizer=optimizer,
+            sampler=sampler,
+            pace=pace,
+            ema=ema,
+            validate=measure,
+            progress=self.progress,
+            tokens=self._tokens(student),
+            history=list(state.get("history", [])),
+        )
+        if state:
+            loop.restore(state)
+        if config.tracker:
+            accelerator.init_trackers("sla-finetune", config=_flat(config.to_dict()))
+        if not state:
+            loop.validate_and_note(0)
+        if not loop.run():
+            accelerator.print(f"stopped at step {pace.steps}; --resume goes on", flush=True)
+            return {"step": pace.steps, "finished": False, "history": loop.history}
+        loop.validate_and_note(pace.steps)
+        if ema is not None:
+            ema.copy_to(trainable.values())
+        return self._results(student, loop)
+
+    def _clips(self) -> ClipSource:
+        config = self.config
+        frames, height, width = self.size
+        if config.data != "world":
+            raise InputError("only the data set 'world' is known")
+        from sla_video.calibration.world_clips import WorldClips
+        from sla_video.pipelines.tiny_wan.models import load_text_encoder, load_vae
+
+        if height != width:
+            raise InputError(f"clips of the world are square, got {height}x{width}")
+        device = self.accelerator.device
+        text_encoder = load_text_encoder(self.folder).to(device).eval().requires_grad_(False)
+        return WorldClips(
+            self.accelerator,
+            load_vae(self.folder).to(device),
+            text_encoder,
+            size=height,
+            clips=config.world_clips,
+            held_out_clips=config.validation_clips,
+            chunk=config.encode_batch,
+            seed=config.seed,
+            progress=self.progress,
+        )
+
+    def _student(self, clips: ClipSource) -> Student:
+        config, device = self.config, self.accelerator.device
+        frozen = config.trainable != "full" and device.type == "cuda" and config.data != "world"
+        half = config.weights == "bf16" or (config.weights == "auto" and frozen)
+        try:
+            transformer = WanTransformer3DModel.from_pretrained(
+                self.folder / "transformer", torch_dtype=torch.bfloat16 if half else torch.float32
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"cannot load the model in {self.folder}: {one_line(error)}"
+            ) from error
+        if not _sharded(self.accelerator):
+            transformer.to(device)
+        if config.data == "world":
+            from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
+
+            if self.size[1] != self.defaults.height:
+                spread_rotary_positions(transformer, self.size[1] // 8, self.defaults.height // 8)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        student = Student(transformer, config, device)
+        if config.data == "world":
+            for network in (student.transformer, student.teacher):
+                if network is not None:
+                    clips.text_attention(network)  # type: ignore[attr-defined]
+        return student.train()
+
+    def _prepare(self, student: Student) -> tuple[nn.Module, Any]:
+        config = self.config
+        on_gpu = self.accelerator.device.type == "cuda"
+        can = on_gpu and not config.soft_selection and not _sharded(self.accelerator)
+        if can if config.compile is None else config.compile:
+            compile_blocks(student)
+        trainable = student.trainable()
+        own = [p for name, p in trainable.items() if name.startswith("transformer.")]
+        routers = [p for name, p in trainable.items() if name.startswith("routers.")]
+        groups = [
+            {"params": own, "rate": config.rate, "weight_decay": config.weight_decay},
+            {"params": routers, "rate": config.router_rate, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        kind: Any = torch.optim.AdamW
+        settings: dict[str, Any] = {"lr": config.rate, "betas": (0.9, 0.99)}
+        if config.optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            kind = AdamW8bit
+        else:
+            settings["fused"] = not _sharded(self.accelerator)
+        optimizer = kind(groups, **settings)
+        wrapped, optimizer = self.accelerator.prepare(student, optimizer)
+        return wrapped, optimizer
+
+    def _shift(self) -> float:
+        if self.config.shift is not None:
+            return self.config.shift
+        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
+
+    def _tokens(self, student: Student) -> int:
+        frames, height, width = self.size
+        vae = read_json(self.folder / "vae" / "config.json")
+        spatial = int(vae.get("scale_factor_spatial") or 8)
+        temporal = int(vae.get("scale_factor_temporal") or 4)
+        t, h, w = student.transformer.config.patch_size  # type: ignore[union-attr]
+        grid = ((frames - 1) // temporal + 1) // t, height // spatial // h, width // spatial // w
+        return grid[0] * grid[1] * grid[2]
+
+    def _check_batch(self, state: dict[str, Any]) -> None:
+        config, processes = self.config, self.accelerator.num_processes
+        here = config.batch_size * config.accumulate * processes
+        there = state["clips"] // max(state["step"], 1)
+        if state["step"] and here != there:
+            raise InputError(
+                f"the checkpoint was trained with {there} clips a step in {state['processes']} "
+                f"processes, and here it would be {here} in {processes}: use as many processes"
+            )
+
+    def _results(self, student: Student, loop: TrainingLoop) -> dict[str, Any]:
+        config = self.config
+        metrics = {
+            "settings": config.to_dict(),
+            "steps": loop.pace.steps,
+            "minutes": loop.pace.elapsed / 60,
+            "processes": self.accelerator.num_processes,
+            "history": [r for r in loop.history if "validation" in r] + loop.history[-1:],
+            "versions": versions(),
+        }
+        if self.accelerator.is_main_process:
+            save_routers(
+                config.out / "routers", student.handle, resolution=self.size, metrics=metrics
+            )
+            if config.trainable == "full":
+                student.transformer.save_pretrained(config.out / "transformer")  # type: ignore[operator]
+            self.accelerator.print(f"routers are in {config.out / 'routers'}", flush=True)
+        self.accelerator.wait_for_everyone()
+        return {"step": loop.pace.steps, "finished": True, "history": loop.history}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them."""
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {one_line(error)}; give another --out") from error
