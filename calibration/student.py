@@ -174,7 +174,12 @@ def _attend_densely(transformer: nn.Module) -> None:
 
 
 def _patch(transformer: nn.Module, config: FinetuneConfig) -> SLAHandle:
-    changes: dict[str, Any] = {"sparse_dtype": config.sparse_dtype, "impl": config.impl}
+    # First steps are counted by a pipeline, and there is none.
+    changes: dict[str, Any] = {
+        "sparse_dtype": config.sparse_dtype,
+        "impl": config.impl,
+        "dense_steps": 0,
+    }
     if config.routers is None:
         handle = enable_sla(transformer, config=config.sla())
     else:
