@@ -46,7 +46,7 @@ class _RowThreshold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, k: int) -> Tensor:
-        threshold = _row_threshold(z, k)
+        threshold: Tensor = _row_threshold(z, k)
         ctx.save_for_backward(z, threshold)
         return threshold
 

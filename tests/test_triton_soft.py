@@ -201,7 +201,9 @@ def test_compiled_without_graph_breaks():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("operator", [_soft_attention, _soft_attention_backward], ids=str)
+@pytest.mark.parametrize(
+    "operator", [_soft_attention, _soft_attention_backward], ids=["forward", "backward"]
+)
 def test_operators_are_registered_correctly(operator, monkeypatch):
     """`opcheck` on the call that a small problem makes."""
     calls = []
