@@ -1,4 +1,4 @@
-"""`sla-video calibrate` from the command line: what it writes, and every way to ask for nonsense."""
+"""`sla-video calibrate`: what it writes, and every way to ask for nonsense."""
 
 from __future__ import annotations
 
