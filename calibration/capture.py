@@ -213,20 +213,24 @@ class _Watch:
 
     def see(self, name: str, attn: Any, arguments: Mapping[str, Any]) -> None:
         """A layer is about to attend."""
-        key = self._wanted.get((name, self.step, self.branch.get(name.partition(".")[0], 0)))
+        branch = self.branch.get(name.partition(".")[0], 0)
+        key = self._wanted.get((name, self.step, branch))
+        # The first forward is looked at in any case: later every layer has caught what one spoils.
+        if key is None and (self.step or branch):
+            return
         other = ("encoder_hidden_states", "attention_mask")
-        if key is None or any(arguments.get(argument) is not None for argument in other):
+        if any(arguments.get(argument) is not None for argument in other):
             return
         with torch.no_grad():
             parts = project_in(attn, arguments["hidden_states"], arguments.get("rotary_emb"))
         for what, part in zip(("queries", "keys", "values"), parts, strict=True):
             if not part.isfinite().all():
                 raise InputError(
-                    f"the {what} of {name} hold values that are not numbers (prompt "
-                    f"{key.prompt + 1}, denoising step {key.step + 1}, {part.dtype}): the model is "
-                    "broken, or needs --dtype fp32"
+                    f"the {what} of {name} hold values that are not numbers (denoising step "
+                    f"{self.step + 1}, {part.dtype}): the model is broken, or needs --dtype fp32"
                 )
-        self.store.put(name, key, Capture(*parts))
+        if key is not None:
+            self.store.put(name, key, Capture(*parts))
 
 
 @contextmanager

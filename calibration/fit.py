@@ -54,6 +54,7 @@ class FitOptions:
     alpha_learning_rate: float = 3e-2
     tau_start: float = 1.0
     tau: float = 0.1
+    decay: float = 0.0
     hard_share: float = 0.2
     blocks: int = 16
     rows: int = 16
@@ -325,6 +326,10 @@ def _train(
             cooling = options.tau / options.tau_start
             tau = options.tau_start * cooling ** (step / max(1, steps - 1))
         loss = relative_error(attend(tables, router, count, tau).output, tables).mean()
+        if soft and options.decay:
+            eye = torch.eye(router.head_dim, device=router.query_proj.device)
+            away = sum((p - eye).square().mean() for p in projections)
+            loss = loss + options.decay * router.head_dim * away
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0, error_if_nonfinite=False)

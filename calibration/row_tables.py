@@ -213,7 +213,9 @@ def _sample_rows(
 
 def _in_blocks(x: Tensor, block: int) -> Tensor:
     """`[L, D]` as `[N, block, D]`, zeros after the end."""
-    return F.pad(x, (0, 0, 0, -x.shape[0] % block)).unflatten(0, (-1, block))
+    padded: Tensor = F.pad(x, (0, 0, 0, -x.shape[0] % block))
+    blocks: Tensor = padded.unflatten(0, (-1, block))
+    return blocks
 
 
 def _by_block(q: Tensor, k: Tensor, v: Tensor, block_k: int) -> tuple[Tensor, Tensor]:

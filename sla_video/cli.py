@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sla_video import __version__
+from sla_video.cli_calibrate import calibrate
 from sla_video.console import PROGRAM, run_command, set_up_messages
 from sla_video.pipelines.errors import InputError
 
@@ -192,6 +193,9 @@ def generate(
             seconds = ", ".join(f"{name} {value:.1f} s" for name, value in video.seconds.items())
             typer.echo(f"seed {video.seed}: {seconds}", err=True)
             typer.echo(video.path)
+
+
+app.command()(calibrate)
 
 
 @app.command()
