@@ -16,13 +16,12 @@ from torch import Tensor
 
 
 class ClipSource(Protocol):
-    """Clips with their captions, encoded.
+    """Clips with their captions, encoded."""
 
-    Attributes:
-        validation_prompts: captions of the held-out clips.
-    """
-
-    validation_prompts: Sequence[str]
+    @property
+    def validation_prompts(self) -> Sequence[str]:
+        """Captions of the held-out clips."""
+        ...
 
     def __len__(self) -> int:
         """How many clips there are to train on."""
@@ -99,7 +98,7 @@ class Sampler:
         self._order: tuple[int, list[int]] = (-1, [])
 
     def clip_at(self, position: int) -> int:
-        """The clip at a place of the endless sequence: shuffled anew for each pass over the data."""
+        """The clip at a place of the endless sequence: each pass over the data is shuffled anew."""
         epoch, index = divmod(position, len(self.source))
         if epoch != self._order[0]:
             order = list(range(len(self.source)))

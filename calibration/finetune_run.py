@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, set_seed
-from diffusers import WanTransformer3DModel
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from sla_video.calibration import training_checkpoint
 from sla_video.calibration.clip_source import ClipSource, Sampler
 from sla_video.calibration.finetune_config import FinetuneConfig
+from sla_video.calibration.finetune_data import open_clips
+from sla_video.calibration.launch import is_sharded, make_accelerator
+from sla_video.calibration.model_parts import count_tokens, load_transformer, noise_shift
 from sla_video.calibration.pace import Pace
+from sla_video.calibration.results import save_results
 from sla_video.calibration.student import Student, compile_blocks
 from sla_video.calibration.training_loop import TrainingLoop
 from sla_video.calibration.validation import validate
-from sla_video.kernels.api import available_implementations
+from sla_video.calibration.validation_videos import VideoMaker
+from sla_video.calibration.video_clips import VideoClips, list_skipped
+from sla_video.calibration.world_clips import WorldClips
 from sla_video.pipelines.environment import versions
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
+from sla_video.pipelines.json_file import JsonFile
 from sla_video.pipelines.loading import download
 from sla_video.pipelines.model_source import ModelSource, find_model, read_json
 from sla_video.pipelines.progress import NoProgress, Progress, TerminalProgress
-from sla_video.pipelines.router_files import save_routers
 
 CONFIG_FILE = "finetune.json"
 
@@ -36,19 +39,17 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune as `config` says; see `finetune`."""
     source = find_model(config.model)
     resume = _check_out(config)
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     progress: Progress = TerminalProgress() if accelerator.is_main_process else NoProgress()
     try:
         return _Run(config, source, accelerator, progress).train(resume)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise InputError(
             f"out of memory ({one_line(error, limit=120)}): lower --batch-size, use "
             "--gradient-checkpointing, or more processes with FSDP"
         ) from error
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise InputError("out of memory: lower --batch-size") from error
-        raise
     finally:
         progress.close()
         accelerator.end_training()
@@ -70,42 +71,6 @@ def _check_out(config: FinetuneConfig) -> Path | None:
     if different:
         raise InputError(f"{found[-1]} was trained with other settings: {different}")
     return found[-1]
-
-
-def _accelerator(config: FinetuneConfig) -> Accelerator:
-    if config.optimizer == "adamw8bit":
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                "optimizer 'adamw8bit' needs bitsandbytes: `pip install bitsandbytes`, or take "
-                "'adamw'"
-            ) from error
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with=config.tracker,
-            project_dir=config.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-    except (ValueError, ImportError) as error:
-        raise InputError(f"cannot set up Accelerate: {one_line(error)}") from error
-    if config.tracker and not accelerator.log_with:
-        raise InputError(f"tracker {config.tracker!r} is not installed: `pip install` it first")
-    if _sharded(accelerator) and accelerator.state.fsdp_plugin.fsdp_version < 2:
-        raise InputError("FSDP version 1 is not supported: set fsdp_version to 2 in the config")
-    available = available_implementations().get(config.impl, "available")
-    if available != "available":
-        raise InputError(f"impl={config.impl!r} cannot run here: {available}")
-    return accelerator
-
-
-def _sharded(accelerator: Accelerator) -> bool:
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 class _Run:
@@ -143,8 +108,10 @@ class _Run:
         set_seed(config.seed)
         if accelerator.is_main_process:
             training_checkpoint.remove_unfinished(config.out)
-            _write_json(config.out / CONFIG_FILE, config.to_dict())
-        clips = self._clips()
+            _write_settings(config)
+        clips = open_clips(
+            config, accelerator, self.folder, self.defaults, self.size, self.progress
+        )
         student = self._student(clips)
         wrapped, optimizer = self._prepare(student)
         trainable = student.trainable()
@@ -182,13 +149,15 @@ class _Run:
             elapsed=state.get("elapsed", 0.0),
         )
 
+        make_videos = self._video_maker(clips)
+
         def measure(step: int) -> dict[str, Any]:
             self.progress.stage("validate")
             if ema is not None:
                 ema.store(trainable.values())
                 ema.copy_to(trainable.values())
             try:
-                return validate(
+                metrics = validate(
                     accelerator,
                     student,
                     wrapped,
@@ -197,9 +166,14 @@ class _Run:
                     batch_size=config.batch_size,
                     shift=self._shift(),
                 )
+                if make_videos is not None:
+                    folder = config.out / "validation" / f"step-{step:08d}"
+                    metrics |= make_videos(student, folder, self.progress)
             finally:
                 if ema is not None:
                     ema.restore(trainable.values())
+            accelerator.wait_for_everyone()
+            return metrics
 
         loop = TrainingLoop(
             accelerator,
@@ -212,7 +186,7 @@ class _Run:
             ema=ema,
             validate=measure,
             progress=self.progress,
-            tokens=self._tokens(student),
+            tokens=count_tokens(self.folder, self.size),
             history=list(state.get("history", [])),
         )
         if state:
@@ -227,45 +201,14 @@ class _Run:
         loop.validate_and_note(pace.steps)
         if ema is not None:
             ema.copy_to(trainable.values())
-        return self._results(student, loop)
-
-    def _clips(self) -> ClipSource:
-        config = self.config
-        frames, height, width = self.size
-        if config.data != "world":
-            raise InputError("only the data set 'world' is known")
-        from sla_video.calibration.world_clips import WorldClips
-        from sla_video.pipelines.tiny_wan.models import load_text_encoder, load_vae
-
-        if height != width:
-            raise InputError(f"clips of the world are square, got {height}x{width}")
-        device = self.accelerator.device
-        text_encoder = load_text_encoder(self.folder).to(device).eval().requires_grad_(False)
-        return WorldClips(
-            self.accelerator,
-            load_vae(self.folder).to(device),
-            text_encoder,
-            size=height,
-            clips=config.world_clips,
-            held_out_clips=config.validation_clips,
-            chunk=config.encode_batch,
-            seed=config.seed,
-            progress=self.progress,
-        )
+        return self._results(student, loop, clips)
 
     def _student(self, clips: ClipSource) -> Student:
         config, device = self.config, self.accelerator.device
         frozen = config.trainable != "full" and device.type == "cuda" and config.data != "world"
         half = config.weights == "bf16" or (config.weights == "auto" and frozen)
-        try:
-            transformer = WanTransformer3DModel.from_pretrained(
-                self.folder / "transformer", torch_dtype=torch.bfloat16 if half else torch.float32
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"cannot load the model in {self.folder}: {one_line(error)}"
-            ) from error
-        if not _sharded(self.accelerator):
+        transformer = load_transformer(self.folder, torch.bfloat16 if half else torch.float32)
+        if not is_sharded(self.accelerator):
             transformer.to(device)
         if config.data == "world":
             from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
@@ -275,16 +218,25 @@ class _Run:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         student = Student(transformer, config, device)
-        if config.data == "world":
+        if isinstance(clips, WorldClips):
             for network in (student.transformer, student.teacher):
                 if network is not None:
-                    clips.text_attention(network)  # type: ignore[attr-defined]
+                    clips.text_attention(network)
         return student.train()
+
+    def _video_maker(self, clips: ClipSource) -> VideoMaker | None:
+        count = self.config.validation_videos
+        if not count or not self.accelerator.is_main_process:
+            return None
+        scenes = clips.scenes[:count] if isinstance(clips, WorldClips) else None
+        prompts = clips.validation_prompts[:count]
+        device = self.accelerator.device
+        return VideoMaker(self.folder, self.defaults, self.size, prompts, scenes, device)
 
     def _prepare(self, student: Student) -> tuple[nn.Module, Any]:
         config = self.config
         on_gpu = self.accelerator.device.type == "cuda"
-        can = on_gpu and not config.soft_selection and not _sharded(self.accelerator)
+        can = on_gpu and not config.soft_selection and not is_sharded(self.accelerator)
         if can if config.compile is None else config.compile:
             compile_blocks(student)
         trainable = student.trainable()
@@ -302,25 +254,13 @@ class _Run:
 
             kind = AdamW8bit
         else:
-            settings["fused"] = not _sharded(self.accelerator)
+            settings["fused"] = not is_sharded(self.accelerator)
         optimizer = kind(groups, **settings)
         wrapped, optimizer = self.accelerator.prepare(student, optimizer)
         return wrapped, optimizer
 
     def _shift(self) -> float:
-        if self.config.shift is not None:
-            return self.config.shift
-        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
-        return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
-
-    def _tokens(self, student: Student) -> int:
-        frames, height, width = self.size
-        vae = read_json(self.folder / "vae" / "config.json")
-        spatial = int(vae.get("scale_factor_spatial") or 8)
-        temporal = int(vae.get("scale_factor_temporal") or 4)
-        t, h, w = student.transformer.config.patch_size  # type: ignore[union-attr]
-        grid = ((frames - 1) // temporal + 1) // t, height // spatial // h, width // spatial // w
-        return grid[0] * grid[1] * grid[2]
+        return self.config.shift or noise_shift(self.folder)
 
     def _check_batch(self, state: dict[str, Any]) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -332,24 +272,21 @@ class _Run:
                 f"processes, and here it would be {here} in {processes}: use as many processes"
             )
 
-    def _results(self, student: Student, loop: TrainingLoop) -> dict[str, Any]:
-        config = self.config
+    def _results(self, student: Student, loop: TrainingLoop, clips: ClipSource) -> dict[str, Any]:
+        config, accelerator = self.config, self.accelerator
         metrics = {
             "settings": config.to_dict(),
             "steps": loop.pace.steps,
             "minutes": loop.pace.elapsed / 60,
-            "processes": self.accelerator.num_processes,
+            "processes": accelerator.num_processes,
             "history": [r for r in loop.history if "validation" in r] + loop.history[-1:],
             "versions": versions(),
         }
-        if self.accelerator.is_main_process:
-            save_routers(
-                config.out / "routers", student.handle, resolution=self.size, metrics=metrics
-            )
-            if config.trainable == "full":
-                student.transformer.save_pretrained(config.out / "transformer")  # type: ignore[operator]
-            self.accelerator.print(f"routers are in {config.out / 'routers'}", flush=True)
-        self.accelerator.wait_for_everyone()
+        save_results(accelerator, student, config.out, resolution=self.size, metrics=metrics)
+        if isinstance(clips, VideoClips):
+            for line in list_skipped(clips.skipped):
+                accelerator.print(line, flush=True)
+        accelerator.print(f"routers are in {config.out / 'routers'}", flush=True)
         return {"step": loop.pace.steps, "finished": True, "history": loop.history}
 
 
@@ -358,12 +295,11 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values.items()}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _write_settings(config: FinetuneConfig) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {one_line(error)}; give another --out") from error
+        raise InputError(
+            f"cannot make the folder {config.out}: {one_line(error)}; give another --out"
+        ) from error
+    JsonFile(config.out / CONFIG_FILE).write(config.to_dict())

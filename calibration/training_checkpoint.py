@@ -175,9 +175,7 @@ def restore_optimizer(
         parameter = place[name]
         if tensor.ndim and tensor.shape == parameter.shape:
             tensor = _like(tensor, parameter)
-        elif part != "step":
-            tensor = tensor.to(parameter.device)
-        elif any(group.get("fused") or group.get("capturable") for group in inner.param_groups):
+        elif part != "step" or any(group.get("fused") for group in inner.param_groups):
             tensor = tensor.to(parameter.device)
         value: Any = tensor
         if part == "step" and not tensor.is_floating_point():

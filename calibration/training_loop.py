@@ -197,7 +197,7 @@ class TrainingLoop:
     @property
     def clips_a_step(self) -> int:
         """Of all processes."""
-        return self.config.batch_size * self.config.accumulate * self.accelerator.num_processes
+        return self.config.batch_size * self.config.accumulate * int(self.accelerator.num_processes)
 
     def validate_and_note(self, step: int) -> None:
         """Validate, and keep the metrics in the history."""

@@ -201,7 +201,7 @@ class SLAAttnProcessor(nn.Module):
     def sla2(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """SLA2 of `[B, L, H, D]` with the router and the settings of this layer, unrecorded."""
         assert self.sparsity is not None
-        return sla2_attention(
+        output: torch.Tensor = sla2_attention(
             query,
             key,
             value,
@@ -211,6 +211,7 @@ class SLAAttnProcessor(nn.Module):
             return_lse=False,
             **self._options,
         )
+        return output
 
     @property
     def options(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sla_video import __version__
+from sla_video import __version__, cli_finetune
 from sla_video.cli_calibrate import calibrate
 from sla_video.console import PROGRAM, run_command, set_up_messages
 from sla_video.pipelines.errors import InputError
@@ -196,6 +196,7 @@ def generate(
 
 
 app.command()(calibrate)
+cli_finetune.register(app)
 
 
 @app.command()

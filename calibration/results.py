@@ -1,0 +1,93 @@
+"""What a finished run leaves: routers, with LoRA where there is any, and the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from sla_video.calibration.student import Student
+from sla_video.calibration.training_checkpoint import whole
+from sla_video.pipelines.errors import InputError, one_line
+from sla_video.pipelines.lora import ADAPTER_NAME
+from sla_video.pipelines.router_files import save_routers
+from sla_video.pipelines.router_set import RouterSet
+
+
+def save_results(
+    accelerator: Accelerator,
+    student: Student,
+    out: Path,
+    *,
+    resolution: tuple[int, int, int],
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write `out`/routers, and where all weights were trained `out`/transformer.
+
+    All processes call it: FSDP's shards are put together.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
+    wanted = {**student.trainable(), **dict(student.routers.named_parameters(prefix="routers"))}
+    weights = {name: whole(p.detach()).to("cpu", copy=True) for name, p in wanted.items()}
+    if accelerator.is_main_process:
+        routers = _router_set(student, weights)
+        save_routers(out / "routers", routers, resolution=resolution, metrics=metrics)
+        if student.config.trainable == "full":
+            try:
+                _save_transformer(student.transformer, weights, out / "transformer")
+            except OSError as error:
+                raise InputError(
+                    f"cannot write {out / 'transformer'}: {one_line(error)}"
+                ) from error
+    accelerator.wait_for_everyone()
+
+
+def _router_set(student: Student, weights: Mapping[str, torch.Tensor]) -> RouterSet:
+    """The routers and LoRA of the student with `weights`, in which nothing is sharded."""
+    handle = student.handle
+    routers = {}
+    for name, router in handle.routers.items():
+        fresh = type(router)(
+            router.heads,
+            router.head_dim,
+            per_head=router.per_head,
+            alpha=router.alpha,
+            num_query_blocks=handle.config.num_query_blocks,
+        )
+        prefix = f"routers.{name.replace('.', '/')}."
+        fresh.load_state_dict({key: weights[prefix + key] for key in fresh.state_dict()})
+        routers[name] = fresh
+    found = handle.router_set()
+    inner = f".{ADAPTER_NAME}."
+    plain = {
+        name.removeprefix("transformer.").replace(inner, "."): tensor
+        for name, tensor in weights.items()
+    }
+    lora = {
+        component: dataclasses.replace(
+            adapter, tensors={k: plain.get(k, v) for k, v in adapter.tensors.items()}
+        )
+        for component, adapter in found.lora.items()
+    }
+    return RouterSet.snapshot(
+        routers, config=handle.config.replace(impl="auto"), models=found.models, lora=lora
+    )
+
+
+def _save_transformer(
+    transformer: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Write it as stock Diffusers reads it, from tensors that hold no shards."""
+    kind: Any = type(transformer)
+    with torch.device("meta"):
+        fresh = kind.from_config(transformer.config)
+    named = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    fresh.load_state_dict({name: named[name] for name in fresh.state_dict()}, assign=True)
+    fresh.save_pretrained(folder, safe_serialization=True)
