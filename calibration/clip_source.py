@@ -71,8 +71,11 @@ class Sampler:
         batch_size: clips a forward pass of one process.
         processes, process: how many there are, and which one this is.
         accumulate: forward passes of a step.
-        shift: of the noise levels, which are logit-normal (Esser et al. 2024).
+        shift: of the noise levels.
+        levels: "logit-normal" (Esser et al. 2024), or "uniform" in a sampler's time.
         caption_dropout: share of clips without caption.
+        paired: every clip is taken twice, with one noise: the first half of a batch with captions,
+            the second half without. `caption_dropout` has no meaning then.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class Sampler:
         accumulate: int,
         shift: float,
         caption_dropout: float,
+        levels: str = "logit-normal",
+        paired: bool = False,
     ) -> None:
         self.source = source
         self.seed = seed
@@ -95,6 +100,8 @@ class Sampler:
         self.accumulate = accumulate
         self.shift = shift
         self.caption_dropout = caption_dropout
+        self.levels = levels
+        self.paired = paired
         self._order: tuple[int, list[int]] = (-1, [])
 
     def clip_at(self, position: int) -> int:
@@ -116,18 +123,33 @@ class Sampler:
         places = self.places(step, part)
         draws = [random.Random(f"clip/{self.seed}/{place}") for place in places]
         captioned = [draw.random() >= self.caption_dropout for draw in draws]
-        levels = [noise_level(draw.gauss(0, 1), self.shift) for draw in draws]
+        uniform = self.levels == "uniform"
+        levels = [
+            uniform_level(draw.random(), self.shift)
+            if uniform
+            else noise_level(draw.gauss(0, 1), self.shift)
+            for draw in draws
+        ]
         seeds = [draw.getrandbits(62) for draw in draws]
-        clips = self.source.load(
-            [self.clip_at(p) for p in places], captioned, f"{self.seed}/{step}/{part}"
+        numbers = [self.clip_at(place) for place in places]
+        if self.paired:
+            half = len(numbers) // 2
+            numbers, levels, seeds = 2 * numbers[:half], 2 * levels[:half], 2 * seeds[:half]
+            captioned = [True] * half + [False] * half
+        return add_noise(
+            self.source.load(numbers, captioned, f"{self.seed}/{step}/{part}"), levels, seeds
         )
-        return add_noise(clips, levels, seeds)
 
 
 def noise_level(normal: float, shift: float) -> float:
     """A level in (0, 1) from a normal number: its logistic function, shifted towards noise."""
     odds = shift * torch.tensor(normal, dtype=torch.float64).exp().item()
     return odds / (1 + odds)
+
+
+def uniform_level(time: float, shift: float) -> float:
+    """The level that a sampler with this shift has at `time` in [0, 1)."""
+    return shift * time / (1 + (shift - 1) * time)
 
 
 def add_noise(clips: ClipBatch, levels: Sequence[float], seeds: Sequence[int]) -> NoisyBatch:

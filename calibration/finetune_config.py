@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sparse_dtype": get_args(SparseDtype),
     "optimizer": ("adamw", "adamw8bit"),
     "schedule": ("linear", "cosine"),
+    "levels": ("logit-normal", "uniform"),
     "mixed_precision": ("auto", "bf16", "no"),
     "weights": ("auto", "fp32", "bf16"),
     "impl": ("auto", "reference", "torch", "triton"),
@@ -117,6 +118,16 @@ class FinetuneConfig:
     shift: float | None = _option(
         None, "Shift of the noise levels.  [default: of the model's scheduler]"
     )
+    levels: str = _option(
+        "logit-normal",
+        "Noise levels: logit-normal, or uniform in the time of a sampler, which has more at the "
+        "noisy end, where the layout of a video is decided.",
+    )
+    guidance: float = _option(
+        0.0,
+        "With distill: every clip is taken with and without its caption, and the velocity under "
+        "classifier-free guidance of this scale is matched too; 0: off.",
+    )
     caption_dropout: float = _option(0.1, "Share of the clips that are trained without caption.")
     world_clips: int = _option(4096, "With --data world: clips rendered and encoded at the start.")
     encode_batch: int = _option(8, "Clips encoded at once.")
@@ -154,12 +165,18 @@ class FinetuneConfig:
         ranges |= {"learning_rate": (0, math.inf), "router_rate": (0, math.inf)}
         ranges |= {"alignment_weight": (0, math.inf), "clip_norm": (1e-12, math.inf)}
         ranges |= {"shift": (1e-9, math.inf), "weight_decay": (0, math.inf)}
+        ranges |= {"guidance": (0, math.inf)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"`{name}` must be in [{low:g}, {high:g}], got {value}")
         if not (self.max_steps or self.minutes):
             raise InputError("give --max-steps or --minutes: training has to end at some time")
+        if self.guidance and (self.velocity_loss != "distill" or self.batch_size % 2):
+            raise InputError(
+                f"`guidance` {self.guidance} needs the loss distill and an even `batch_size`, got "
+                f"{self.velocity_loss} and {self.batch_size}"
+            )
         self._check_alignment()
         try:
             self.sla()

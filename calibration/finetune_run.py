@@ -127,6 +127,8 @@ class _Run:
             accumulate=config.accumulate,
             shift=self._shift(),
             caption_dropout=config.caption_dropout,
+            levels=config.levels,
+            paired=bool(config.guidance),
         )
         state: dict[str, Any] = {}
         if resume is not None:

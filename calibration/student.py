@@ -153,6 +153,10 @@ class Student(nn.Module):
             target = noise - latents
         velocity = _velocity(self.transformer, noisy, timestep, text)
         losses = {"velocity": F.mse_loss(velocity, target)}
+        if self.config.guidance:
+            losses["velocity"] = losses["velocity"] + guided_error(
+                velocity - target, self.config.guidance
+            )
         if self.alignments:
             losses["alignment"] = torch.stack([layer.value for layer in self.alignments]).mean()
             if self.config.alignment == "full":
@@ -160,6 +164,17 @@ class Student(nn.Module):
                 unused = sum(p.sum() for p in self.routers.parameters() if p.requires_grad)
                 losses["velocity"] = losses["velocity"] + 0 * unused
         return losses
+
+
+def guided_error(error: Tensor, scale: float) -> Tensor:
+    """Mean squared error of the velocity under classifier-free guidance, over `scale` squared.
+
+    Args:
+        error: `[B, …]` of the velocity, the first half with captions and the second without.
+        scale: s in `bare + s (captioned - bare)`, which multiplies errors that differ.
+    """
+    captioned, bare = error.chunk(2)
+    return (bare + scale * (captioned - bare)).square().mean() / scale**2
 
 
 def _velocity(transformer: nn.Module, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
@@ -174,7 +189,12 @@ def _attend_densely(transformer: nn.Module) -> None:
 
 
 def _patch(transformer: nn.Module, config: FinetuneConfig) -> SLAHandle:
-    changes: dict[str, Any] = {"sparse_dtype": config.sparse_dtype, "impl": config.impl}
+    # First steps are counted by a pipeline, and there is none.
+    changes: dict[str, Any] = {
+        "sparse_dtype": config.sparse_dtype,
+        "impl": config.impl,
+        "dense_steps": 0,
+    }
     if config.routers is None:
         handle = enable_sla(transformer, config=config.sla())
     else:

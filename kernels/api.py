@@ -141,7 +141,7 @@ def sla2_attention(
             (`"smoothed"`), or on the keys as they are (`"raw"`).
         selection: `"top_k"`: the same count for each row. `"top_p"`: as few blocks as hold a
             router mass of `top_p`. `"soft_top_k"`: the differentiable relaxation, for training a
-            router; forms all scores, `impl="reference"` only.
+            router; costs as much as dense attention. Not with `impl="torch"`.
         top_p: mass to reach with `selection="top_p"`, in (0, 1].
         min_selected, max_selected: fewest and most key blocks per row with `selection="top_p"`.
             `max_selected=None` is the count `"top_k"` would keep, so `sparsity` bounds the cost.
@@ -227,7 +227,7 @@ def _choose(impl: str, query: Tensor, options: Options) -> _Implementation:
     if impl == "torch" and soft:
         raise ValueError(
             "selection='soft_top_k' forms all scores, which impl='torch' does not; "
-            "use impl='reference' or 'auto'"
+            "use impl='reference', 'triton' or 'auto'"
         )
     if impl == "auto":
         impl = "reference" if soft else "torch"

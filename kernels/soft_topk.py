@@ -20,21 +20,33 @@ _BISECTIONS = {torch.float64: 64}
 _BISECTIONS_FP32 = 40
 
 
-class _RowThreshold(torch.autograd.Function):
+# Opaque to a compiler, which would unroll it, for each N and k anew.
+@torch.library.custom_op("sla_video::row_threshold", mutates_args=())
+def _row_threshold(z: Tensor, k: int) -> Tensor:
     """threshold `[..., 1]` with `sigmoid(z + threshold).sum(-1) == k` for z `[..., N]`."""
+    # At these two ends every entry is below, respectively above, k / N.
+    centre = math.log(k / (z.shape[-1] - k))
+    low = centre - z.amax(-1, keepdim=True)
+    high = centre - z.amin(-1, keepdim=True)
+    for _ in range(_BISECTIONS.get(z.dtype, _BISECTIONS_FP32)):
+        middle = 0.5 * (low + high)
+        too_low = torch.sigmoid(z + middle).sum(-1, keepdim=True) < k
+        low = torch.where(too_low, middle, low)
+        high = torch.where(too_low, high, middle)
+    return 0.5 * (low + high)
+
+
+@_row_threshold.register_fake
+def _(z: Tensor, k: int) -> Tensor:
+    return z.new_empty(*z.shape[:-1], 1)
+
+
+class _RowThreshold(torch.autograd.Function):
+    """`_row_threshold` with its implicit gradient."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, k: int) -> Tensor:
-        # At these two ends every entry is below, respectively above, k / N.
-        centre = math.log(k / (z.shape[-1] - k))
-        low = centre - z.amax(-1, keepdim=True)
-        high = centre - z.amin(-1, keepdim=True)
-        for _ in range(_BISECTIONS.get(z.dtype, _BISECTIONS_FP32)):
-            middle = 0.5 * (low + high)
-            too_low = torch.sigmoid(z + middle).sum(-1, keepdim=True) < k
-            low = torch.where(too_low, middle, low)
-            high = torch.where(too_low, high, middle)
-        threshold = 0.5 * (low + high)
+        threshold: Tensor = _row_threshold(z, k)
         ctx.save_for_backward(z, threshold)
         return threshold
 

@@ -49,6 +49,7 @@ def _attend_kernel(
     key_mean_ptr,
     indices_ptr,
     counts_ptr,
+    bias_ptr,
     alpha_ptr,
     sums_ptr,
     state_unit_ptr,
@@ -99,6 +100,9 @@ def _attend_kernel(
     count = num_selected
     if counts_ptr is not None:
         count = tl.load(counts_ptr + row)
+    bias_row_ptr = None
+    if bias_ptr is not None:
+        bias_row_ptr = bias_ptr + row * num_k
     # Without a way around the loop, its matrix products need not wait for each other.
     tl.assume(count > 0)
     out, lse = sparse_rows(
@@ -113,6 +117,7 @@ def _attend_kernel(
         value_scale_ptr,
         key_mean_ptr,
         indices_row_ptr,
+        bias_row_ptr,
         stride_ql,
         stride_kl,
         stride_vl,
@@ -211,6 +216,7 @@ def attend(
     out: Tensor,
     lse: Tensor | None = None,
     out_sparse: Tensor | None = None,
+    bias: Tensor | None = None,
     alpha: Tensor | None = None,
     sums: Tensor | None = None,
     sparse_dtype: SparseDtype = "bf16",
@@ -230,6 +236,7 @@ def attend(
         lse: `[B, H, L]` float32, contiguous; the log-sum-exp of the selected part, in terms of the
             keys as given, is written to it.
         out_sparse: like `out`; O_s is written to it.
+        bias: `[B, H, M, N]` float32, what is added to the logits of a key block, in powers of two.
         alpha: `[B, H, M]` float32, weight of the sparse branch.
         sums: of `sum_dropped_states`. A query block that drops nothing gets its O_s, whatever alpha
             is. None leaves the linear branch out.
@@ -254,6 +261,7 @@ def attend(
             key_mean.contiguous(),
             indices.contiguous(),
             None if counts is None else counts.contiguous(),
+            None if bias is None else bias.contiguous(),
             None if alpha is None else alpha.contiguous(),
             sums,
             None if sums is None else operands.state_unit,

@@ -1,7 +1,6 @@
 """The kernels after routing as one differentiable operator, opaque to `torch.compile`.
 
-    forward    triton_prepare, triton_attend: O, and what the backward needs of it, some heads at a
-               time, which bounds the memory of their states
+    forward    triton_forward: O, and what the backward needs of it
     backward   triton_backward
 
 Gradients of Q, K and V are those with the selection and alpha fixed, plus what alpha's gradient
@@ -15,40 +14,17 @@ Custom operators have no optional results: an empty tensor stands for one that i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from sla_video.kernels.options import Options, PhiK, SparseDtype
-from sla_video.kernels.routing import num_blocks
-from sla_video.kernels.triton_attend import attend
 from sla_video.kernels.triton_backward import sla2_backward
-from sla_video.kernels.triton_linear import sum_dropped_states
-from sla_video.kernels.triton_prepare import prepare_keys
+from sla_video.kernels.triton_backward_routing import share_mean_gradient
+from sla_video.kernels.triton_forward import attend_all
 from sla_video.kernels.triton_routing import BlockPlan
 from sla_video.kernels.triton_statistics import BlockStatistics
-from sla_video.kernels.triton_tiles import padded_dim
-
-# What the states of the heads that are worked on together may take, with their sums.
-_STATE_BYTES = 2**29
-
-
-def _shares(key: Tensor, num_q: int, num_k: int, linear: bool) -> Iterator[tuple[slice, slice]]:
-    """Sequences and heads to prepare and attend together: all of them, if there are no states.
-
-    Else as many whole sequences as may be, or some heads of one.
-    """
-    batch, _, heads, head_dim = key.shape
-    pad = padded_dim(head_dim)
-    each = (num_q + num_k) * (pad + 1) * pad * key.element_size() if linear else 0
-    rounds = max(1, -(-heads * each // _STATE_BYTES))
-    some_heads = -(-heads // rounds)
-    sequences = max(1, _STATE_BYTES // (heads * each)) if linear else batch
-    for b in range(0, batch, sequences):
-        for h in range(0, heads, some_heads):
-            yield slice(b, b + sequences), slice(h, h + some_heads)
 
 
 @torch.library.custom_op("sla_video::mixed_attention", mutates_args=())
@@ -77,54 +53,25 @@ def _mixed_attention(
     The last two are empty unless `need_lse` and `keep_sparse` ask for them. `key_means`, of which
     `key_mean` is the mean, are here for the gradient of `key_mean`.
     """
-    low_bit, features = cast(SparseDtype, sparse_dtype), cast(PhiK, phi_k)
-    batch, length, heads, _ = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = key_mean.new_empty((batch, heads, length) if need_lse else 0)
-    sparse = torch.empty_like(out) if keep_sparse and alpha is not None else query.new_empty(0)
-    num_q, num_k = indices.shape[2], num_blocks(length, block_k)
-    for own in _shares(key, num_q, num_k, alpha is not None):
-        # Views `[b, L, h, D]` and, of what has the heads before the tokens, `[b, h, ...]`.
-        part = own[0], slice(None), own[1]
-        operands = prepare_keys(
-            key[part],
-            value[part],
-            key_mean[own],
-            _of(value_max, own),
-            block_k=block_k,
-            sparse_dtype=low_bit,
-            phi_k=features,
-            need_states=alpha is not None,
-        )
-        sums = None
-        if operands.states is not None and dropped is not None:
-            sums = sum_dropped_states(operands.states, dropped[own])
-            # Their memory serves the next heads.
-            operands = operands._replace(states=None)
-        attend(
-            query[part],
-            key[part],
-            value[part],
-            indices[own],
-            _of(counts, own),
-            key_mean[own],
-            operands=operands,
-            block_q=block_q,
-            block_k=block_k,
-            out=out[part],
-            lse=lse[own] if need_lse else None,
-            out_sparse=sparse[part] if sparse.numel() else None,
-            alpha=_of(alpha, own),
-            sums=sums,
-            sparse_dtype=low_bit,
-            low_query=_of(low_query, own),
-            query_scale=_of(query_scale, own),
-        )
-    return out, lse, sparse
-
-
-def _of(x: Tensor | None, own: tuple[slice, slice]) -> Tensor | None:
-    return None if x is None else x[own]
+    return attend_all(
+        query,
+        key,
+        value,
+        key_mean,
+        value_max,
+        low_query,
+        query_scale,
+        indices,
+        counts,
+        alpha,
+        dropped,
+        block_q=block_q,
+        block_k=block_k,
+        sparse_dtype=cast(SparseDtype, sparse_dtype),
+        phi_k=cast(PhiK, phi_k),
+        need_lse=need_lse,
+        keep_sparse=keep_sparse,
+    )
 
 
 @_mixed_attention.register_fake
@@ -237,12 +184,7 @@ def _backward(
     )
     grad_key_means = None
     if grad_key_mean.numel():
-        # Each block weighs in the mean of all as many tokens as it holds.
-        length, block = key.shape[1], settings.block_k
-        before_last = num_blocks(length, block) - 1
-        share = (grad_key_mean * (block / length))[:, :, None]
-        last = share * ((length - before_last * block) / block)
-        grad_key_means = torch.cat([share.expand(-1, -1, before_last, -1), last], 2)
+        grad_key_means = share_mean_gradient(grad_key_mean, key.shape[1], settings.block_k)
     return (
         grad_query,
         grad_key,

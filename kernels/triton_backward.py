@@ -97,18 +97,17 @@ def sla2_backward(
     indices, lse, key_mean = indices.contiguous(), lse.contiguous(), key_mean.contiguous()
     counts = None if counts is None else counts.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    blocks = {"block_q": block_q, "block_k": block_k}
     grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
     grad_alpha = states = None
     mean = key_mean if phi_k == "smoothed" else None
     with launch_on(query):
-        num_k = num_blocks(query.shape[1], block_k)
+        num_q, num_k = indices.shape[2], num_blocks(query.shape[1], block_k)
         dropped = dropped_table(indices, counts, num_k, query.dtype)
         if alpha is not None:
             alpha = alpha.contiguous()
             states = key_states(key, mean, value, block_k)
             # The name is used again, to let go of what it stood for.
-            states = sum_dropped(states, dropped)
+            states = sum_dropped(states, dropped[:, :num_q])
             grad_alpha, states = linear_query_backward(
                 grad_out,
                 query,
@@ -118,7 +117,7 @@ def sla2_backward(
                 grad_query,
                 block_q=block_q,
             )
-            states = sum_dropped(states, dropped.mT)
+            states = sum_dropped(states, dropped[..., :num_k].mT)
         row_lse, row_delta = sparse_query_backward(
             grad_out,
             query,
@@ -133,21 +132,23 @@ def sla2_backward(
             grad_lse=grad_lse,
             exact_lse=exact_lse,
             add=alpha is not None,
-            **blocks,
+            block_q=block_q,
+            block_k=block_k,
         )
-        grad_key_mean = key_backward(
+        grad_key_mean, _ = key_backward(
             grad_out,
             query,
             key,
             value,
             row_lse,
             row_delta,
-            invert_selection(dropped, indices.shape[-1]),
+            invert_selection(dropped[:, :num_q, :num_k], indices.shape[-1]),
             states,
             mean,
             grad_key,
             grad_value,
-            **blocks,
+            block_q=block_q,
+            block_k=block_k,
         )
     if grad_key_mean is not None:
         grad_key_mean = None if mean is None else grad_key_mean[..., :head_dim]

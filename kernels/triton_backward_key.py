@@ -7,6 +7,9 @@ Sparse branch, over the query blocks that selected a key block (formulas in
     dK = dS^T Q / sqrt(D)          dV = alpha P^T dO
     dphi(k_j) = v_j D_n^T + d_n    dv_j = phi(k_j) D_n
 
+Where a key block's logits had a number of their own added for each query block, its gradient is the
+sum of dS over the pair of blocks.
+
 The query blocks that selected a key block are listed by `triton_inverse.py`. Sums over them start
 from the gradients of the linear branch. P and dS are formed transposed, keys by queries, so that
 they are left operands as they stand in registers.
@@ -91,9 +94,11 @@ def _key_kernel(
     query_blocks_ptr,
     counts_ptr,
     order_ptr,
+    bias_ptr,
     grad_key_ptr,
     grad_value_ptr,
     grad_sums_ptr,
+    grad_bias_ptr,
     query_strides,
     key_strides,
     value_strides,
@@ -121,6 +126,12 @@ def _key_kernel(
     offs_q = tl.arange(0, TILE_Q)
 
     query_blocks_ptr += block.to(tl.int64) * num_q
+    if bias_ptr is not None:
+        bias_ptr += bh * num_q * num_k + block % num_k
+        # [TILE_K, 1]
+        exists = (tl.arange(0, TILE_K) < rows_k)[:, None]
+        pair = (bh * num_k * tiles_k + (block % num_k) * tiles_k + tile) * (num_q * tiles_q)
+        grad_bias_ptr += pair
     count = tl.load(counts_ptr + block)
     key_ptr += head_offset(key_strides, b, start_k, h)
     value_ptr += head_offset(value_strides, b, start_k, h)
@@ -165,11 +176,17 @@ def _key_kernel(
         # [TILE_K, TILE_Q]
         logits = tl.dot(key, tl.trans(query), input_precision="ieee")
         along = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
-        weights = tl.exp2(logits * (scale * LOG2E) - lse[None, :])
+        powers = logits * (scale * LOG2E) - lse[None, :]
+        if bias_ptr is not None:
+            powers += tl.load(bias_ptr + start // BLOCK_Q * num_k)
+        weights = tl.exp2(powers)
         grad_value = tl.dot(
             weights.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee"
         )
         grad_logits = weights * (along - delta[None, :])
+        if bias_ptr is not None:
+            total = tl.sum(tl.sum(tl.where(exists, grad_logits, 0.0), 1), 0)
+            tl.store(grad_bias_ptr + start // TILE_Q, total)
         grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
 
     offset = packed_offset(b, start_k, h, length, heads, D)
@@ -202,7 +219,8 @@ def key_backward(
     *,
     block_q: int,
     block_k: int,
-) -> Tensor | None:
+    bias: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of key and value; see `sla2_backward` for the other arguments.
 
     Args:
@@ -211,10 +229,13 @@ def key_backward(
             where nothing is dropped anywhere.
         key_mean: `[B, H, D]` float32, subtracted from the keys in phi; None for raw ones.
         grad_key, grad_value: `[B, L, H, D]` contiguous, written in place.
+        bias: `[B, H, M, N]` float32 contiguous, what was added to the logits of a key block, in
+            powers of two. All pairs of blocks are then listed.
 
     Returns:
-        gradient of `key_mean`, `[B, H, D_PAD]` float32; None without states. To be used where it is
-        given.
+        gradient of `key_mean`, `[B, H, D_PAD]` float32, None without states; to be used where it is
+        given. And that of the logits' share of each pair of blocks, `[B, H, M, N]` float32 (not in
+        powers of two); None without bias.
     """
     batch, length, heads, head_dim = query.shape
     num_q, num_k = row_lse.shape[-1] // block_q, inverse.counts.shape[-1]
@@ -228,6 +249,11 @@ def key_backward(
         grad_sums = torch.empty(
             batch, heads, tiles, d_pad, dtype=torch.float32, device=query.device
         )
+    tile_q = min(block_q, launch.tile_q)
+    grad_bias = None
+    if bias is not None:
+        tiles_of_pairs = (batch, heads, num_k, block_k // tile_k, num_q, block_q // tile_q)
+        grad_bias = torch.empty(tiles_of_pairs, dtype=torch.float32, device=query.device)
     _key_kernel[(batch * heads * tiles,)](
         query_ptr=query,
         key_ptr=key,
@@ -242,9 +268,11 @@ def key_backward(
         query_blocks_ptr=inverse.query_blocks,
         counts_ptr=inverse.counts,
         order_ptr=inverse.order,
+        bias_ptr=bias,
         grad_key_ptr=grad_key,
         grad_value_ptr=grad_value,
         grad_sums_ptr=grad_sums,
+        grad_bias_ptr=grad_bias,
         query_strides=strides(query),
         key_strides=strides(key),
         value_strides=strides(value),
@@ -258,8 +286,10 @@ def key_backward(
         D_PAD=d_pad,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
-        TILE_Q=min(block_q, launch.tile_q),
+        TILE_Q=tile_q,
         TILE_K=tile_k,
         **launch.keywords(),
     )
-    return None if grad_sums is None else grad_sums.sum(2)
+    if grad_bias is not None:
+        grad_bias = grad_bias.sum((3, 5)).mT
+    return None if grad_sums is None else grad_sums.sum(2), grad_bias

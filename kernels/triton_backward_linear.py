@@ -48,13 +48,14 @@ from sla_video.kernels.triton_backward_tiles import (
 from sla_video.kernels.triton_tiles import (
     load_rows,
     padded_dim,
+    padded_row,
     store_rows,
     strides,
     unscaled_softmax,
 )
 
 
-@triton.jit(do_not_specialize=["length", "num_q"])
+@triton.jit(do_not_specialize=["length", "num_q", "state_blocks"])
 def _linear_query_kernel(
     query_ptr,
     grad_out_ptr,
@@ -74,6 +75,7 @@ def _linear_query_kernel(
     length,
     heads,
     num_q,
+    state_blocks,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -125,8 +127,9 @@ def _linear_query_kernel(
         psi = (phi * (length / D)).to(query.dtype)
         psi_state = tl.dot(tl.trans(psi), grad_out, psi_state, input_precision="ieee")
         psi_sum += tl.sum(along_linear[:, None] * psi.to(tl.float32), 0)
-    store_state(query_states_ptr, query_factors_ptr, block, psi_state, D_PAD)
-    tl.store(query_sums_ptr + block * D_PAD + cols, psi_sum)
+    state_block = bh * state_blocks + m
+    store_state(query_states_ptr, query_factors_ptr, state_block, psi_state, D_PAD)
+    tl.store(query_sums_ptr + state_block * D_PAD + cols, psi_sum)
     # Left to be summed by the caller: Triton 3.6 cannot compile a sum of sums for Blackwell.
     tl.store(grad_alpha_ptr + block * TILE_Q + tl.arange(0, TILE_Q), grad_alpha)
 
@@ -186,6 +189,7 @@ def linear_query_backward(
         length=length,
         heads=heads,
         num_q=num_q,
+        state_blocks=padded_row(num_q),
         D=head_dim,
         D_PAD=padded_dim(head_dim),
         BLOCK_Q=block_q,

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_backward_tiles import batch_and_head, head_offset, rows_left
 from sla_video.kernels.triton_tiles import launch_on, load_rows, padded_dim, store_rows, strides
 
@@ -126,6 +127,17 @@ def mass_logit_backward(
 @mass_logit_backward.register_fake
 def _(queries: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+
+
+def share_mean_gradient(grad_mean: Tensor, length: int, block: int) -> Tensor:
+    """Gradients of the block means `[B, H, N, D]` from that of the mean of all tokens `[B, H, D]`.
+
+    Each block weighs in the mean of all as many tokens as it holds.
+    """
+    before_last = num_blocks(length, block) - 1
+    share = (grad_mean * (block / length))[:, :, None]
+    last = share * ((length - before_last * block) / block)
+    return torch.cat([share.expand(-1, -1, before_last, -1), last], 2)
 
 
 @triton.jit(do_not_specialize=["length", "num_blocks"])

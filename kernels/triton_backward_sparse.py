@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_backward_tiles import (
     Launch,
     Launches,
@@ -38,7 +39,7 @@ from sla_video.kernels.triton_backward_tiles import (
 from sla_video.kernels.triton_tiles import LOG2E, load_rows, padded_dim, store_rows, strides
 
 
-@triton.jit(do_not_specialize=["length", "num_q", "num_selected"])
+@triton.jit(do_not_specialize=["length", "num_q", "num_k", "num_selected"])
 def _sparse_query_kernel(
     query_ptr,
     key_ptr,
@@ -50,6 +51,7 @@ def _sparse_query_kernel(
     alpha_ptr,
     indices_ptr,
     counts_ptr,
+    bias_ptr,
     row_lse_ptr,
     row_delta_ptr,
     grad_query_ptr,
@@ -62,6 +64,7 @@ def _sparse_query_kernel(
     length,
     heads,
     num_q,
+    num_k,
     num_selected,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -95,6 +98,8 @@ def _sparse_query_kernel(
     key_ptr += head_offset(key_strides, b, 0, h)
     value_ptr += head_offset(value_strides, b, 0, h)
     indices_ptr += block * num_selected
+    if bias_ptr is not None:
+        bias_ptr += block * num_k
     # Of the rows in [B, H, L].
     position = bh * length + start_q + offs_q
     count = num_selected
@@ -139,6 +144,8 @@ def _sparse_query_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision="ieee")
         along = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
         powers = logits * (scale * LOG2E) - lse[:, None]
+        if bias_ptr is not None:
+            powers += tl.load(bias_ptr + start // BLOCK_K)
         if not EXACT:
             powers = tl.minimum(powers, largest)
         # A key that does not exist has logit 0, which may exceed lse by more than exp2 can hold.
@@ -205,11 +212,14 @@ def sparse_query_backward(
     grad_lse: Tensor | None,
     exact_lse: bool,
     add: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient of the query; see `sla2_backward` for the other arguments.
 
     Args:
         grad_query: `[B, L, H, D]` contiguous, written in place; with `add`, added to.
+        bias: `[B, H, M, N]` float32 contiguous, what was added to the logits of a key block, in
+            powers of two.
 
     Returns:
         for each query, in whole blocks `[B, H, M * block_q]`: the exact log-sum-exp less
@@ -232,6 +242,7 @@ def sparse_query_backward(
         alpha_ptr=alpha,
         indices_ptr=indices,
         counts_ptr=counts,
+        bias_ptr=bias,
         row_lse_ptr=row_lse,
         row_delta_ptr=row_delta,
         grad_query_ptr=grad_query,
@@ -244,6 +255,7 @@ def sparse_query_backward(
         length=length,
         heads=heads,
         num_q=num_q,
+        num_k=num_blocks(length, block_k),
         num_selected=num_selected,
         D=head_dim,
         D_PAD=padded_dim(head_dim),

@@ -9,8 +9,9 @@ fifth of the bytes that reading the selected states for each m would, and the ti
 on the sparsity. Only what is dropped is summed, so nothing cancels.
 
 Layouts: key, value `[B, L, H, D]` with any strides but 1 in the last dimension; states
-`[B, H, N, D_PAD, D_PAD]` in the dtype of the inputs, of float16 with a factor for each; sums of x
-`[B, H, N, D_PAD]`, float32. Compute capability 8.0 and above.
+`[B, H, N', D_PAD, D_PAD]` in the dtype of the inputs, of float16 with a factor for each; sums of x
+`[B, H, N', D_PAD]`, float32. N' is N, or for what is to be summed a multiple of 16, filled up with
+zeros: matrix units are not fed at full speed with less. Compute capability 8.0 and above.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -30,17 +31,17 @@ from sla_video.kernels.triton_backward_tiles import (
     power_of_two,
     rows_left,
 )
-from sla_video.kernels.triton_tiles import load_rows, padded_dim, row_softmax, strides
+from sla_video.kernels.triton_tiles import load_rows, padded_dim, padded_row, row_softmax, strides
 
 
 class BlockStates(NamedTuple):
     """States of all blocks of one kind, N per head, or their sums over what these drop.
 
     Attributes:
-        states: `[B, H, N, D_PAD, D_PAD]`.
-        factors: float32, what the states are to be multiplied by; None for 1. `[B, H, N]`, powers
+        states: `[B, H, N', D_PAD, D_PAD]`.
+        factors: float32, what the states are to be multiplied by; None for 1. `[B, H, N']`, powers
             of two, or `[B, H]` for sums.
-        sums: `[B, H, N, D_PAD]` float32, of x over the tokens.
+        sums: `[B, H, N', D_PAD]` float32, of x over the tokens.
     """
 
     states: Tensor
@@ -73,7 +74,7 @@ def load_state(states_ptr, factors_ptr, sums_ptr, block, bh, D_PAD: tl.constexpr
     return state, factor, tl.load(sums_ptr + block * D_PAD + cols)
 
 
-@triton.jit(do_not_specialize=["length", "num_k"])
+@triton.jit(do_not_specialize=["length", "state_blocks"])
 def _key_states_kernel(
     key_ptr,
     value_ptr,
@@ -85,7 +86,7 @@ def _key_states_kernel(
     value_strides,
     length,
     heads,
-    num_k,
+    state_blocks,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -115,18 +116,22 @@ def _key_states_kernel(
         state = tl.dot(tl.trans(features), value, state, input_precision="ieee")
         # Of the rounded features, as the products.
         block_sum += tl.sum(features.to(tl.float32), 0)
-    block = bh * num_k + n
+    block = bh * state_blocks + n
     store_state(states_ptr, factors_ptr, block, state, D_PAD)
     tl.store(sums_ptr + block * D_PAD + cols, block_sum)
 
 
 def empty_states(x: Tensor, num_blocks: int) -> BlockStates:
-    """Memory for the states of blocks of x `[B, L, H, D]`."""
+    """Memory for the states of blocks of x `[B, L, H, D]`, zero beyond the last block."""
     batch, _, heads, head_dim = x.shape
-    d_pad = padded_dim(head_dim)
-    sums = torch.empty(batch, heads, num_blocks, d_pad, dtype=torch.float32, device=x.device)
-    factors = sums.new_empty(batch, heads, num_blocks) if x.dtype == torch.float16 else None
-    return BlockStates(x.new_empty(batch, heads, num_blocks, d_pad, d_pad), factors, sums)
+    d_pad, rows = padded_dim(head_dim), padded_row(num_blocks)
+    sums = torch.empty(batch, heads, rows, d_pad, dtype=torch.float32, device=x.device)
+    factors = sums.new_empty(batch, heads, rows) if x.dtype == torch.float16 else None
+    found = BlockStates(x.new_empty(batch, heads, rows, d_pad, d_pad), factors, sums)
+    for part in found:
+        if part is not None:
+            part[:, :, num_blocks:].zero_()
+    return found
 
 
 def key_states(key: Tensor, key_mean: Tensor | None, value: Tensor, block_k: int) -> BlockStates:
@@ -150,7 +155,7 @@ def key_states(key: Tensor, key_mean: Tensor | None, value: Tensor, block_k: int
         value_strides=strides(value),
         length=length,
         heads=heads,
-        num_k=num_k,
+        state_blocks=padded_row(num_k),
         D=head_dim,
         D_PAD=d_pad,
         BLOCK=block_k,
@@ -165,7 +170,8 @@ def sum_dropped(blocks: BlockStates, dropped: Tensor) -> BlockStates:
     """Sums of the states of N blocks of one kind over what each of M of the other drops.
 
     Args:
-        dropped: `[B * H, M, N]` in the dtype of the states, 1 where dropped and 0 elsewhere.
+        dropped: `[B * H, M, N']` in the dtype of the states, 1 where dropped and 0 elsewhere, or
+            a weight; beyond the last block any finite number.
     """
     states, factors, sums = blocks
     batch, heads, _, d_pad = sums.shape

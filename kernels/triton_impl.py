@@ -6,6 +6,7 @@
     triton_attend       O_s and its log-sum-exp (`triton_sparse`), and in the same kernel the mix
                         O = alpha O_s + (1 - alpha) O_l (`triton_linear`)
     triton_autograd     the last two and their gradients, `triton_backward`, as one operator
+    triton_soft         in its place, and that of routing, where the selection is soft
 
 Means, selection and attention are custom operators with gradients of their own; what lies between
 them, the projections of the router and alpha, is plain torch. Nothing synchronises with the host,
@@ -17,11 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sla_video.kernels.options import Options
+from sla_video.kernels.options import Options, most_selected
 from sla_video.kernels.router import Router
 from sla_video.kernels.triton_autograd import mixed_attention
 from sla_video.kernels.triton_backward_routing import with_block_means
 from sla_video.kernels.triton_routing import plan_blocks
+from sla_video.kernels.triton_soft import soft_attention
 from sla_video.kernels.triton_statistics import block_statistics
 from sla_video.kernels.triton_support import why_not
 
@@ -66,6 +68,9 @@ def sla2_triton(
     query, query_means = with_block_means(query, statistics.query_means, block_q)
     key, key_means = with_block_means(key, statistics.key_means, block_k)
     statistics = statistics._replace(query_means=query_means, key_means=key_means)
+    num_k = key_means.shape[2]
+    if options.selection == "soft_top_k" and most_selected(options, num_k) < num_k:
+        return soft_attention(query, key, value, statistics, router, options, need_lse=need_lse)
     plan = plan_blocks(
         statistics.query_means,
         statistics.key_means,

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.triton_tiles import padded_row
+
 
 class InverseLists(NamedTuple):
     """Query blocks per key block.
@@ -37,11 +39,11 @@ class InverseLists(NamedTuple):
     order: Tensor
 
 
-@triton.jit(do_not_specialize=["num_q", "num_selected", "row_stride"])
+@triton.jit(do_not_specialize=["num_q", "num_selected", "rows", "row_stride"])
 def _mark_selected_kernel(
-    indices_ptr, counts_ptr, table_ptr, num_q, num_selected, row_stride, ENTRIES: tl.constexpr
+    indices_ptr, counts_ptr, table_ptr, num_q, num_selected, rows, row_stride, ENTRIES: tl.constexpr
 ):
-    """Set table `[B * H, M, N]` to 0 at the pairs that the lists of one head name."""
+    """Set table `[B * H, M', N']` to 0 at the pairs that the lists of one head name."""
     bh = tl.program_id(1).to(tl.int64)
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     m = entry // num_selected
@@ -50,18 +52,19 @@ def _mark_selected_kernel(
         count = tl.load(counts_ptr + bh * num_q + m, mask=valid, other=0)
         valid = valid & (entry % num_selected < count)
     n = tl.load(indices_ptr + bh * num_q * num_selected + entry, mask=valid, other=0)
-    row = bh * num_q + m
+    row = bh * rows + m
     zeros = tl.zeros([ENTRIES], table_ptr.dtype.element_ty)
     tl.store(table_ptr + row * row_stride + n, zeros, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_q", "num_k", "row_stride"])
+@triton.jit(do_not_specialize=["num_q", "num_k", "head_stride", "row_stride"])
 def _list_columns_kernel(
     table_ptr,
     query_blocks_ptr,
     counts_ptr,
     num_q,
     num_k,
+    head_stride,
     row_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -72,7 +75,7 @@ def _list_columns_kernel(
     exists = n < num_k
     rows = tl.arange(0, ROWS)
     list_ptr = query_blocks_ptr + (bh * num_k + n).to(tl.int64) * num_q
-    table_ptr += bh * num_q * row_stride
+    table_ptr += bh * head_stride
     count = tl.zeros([COLUMNS], tl.int32)
     for start in range(0, num_q, ROWS):
         m = start + rows
@@ -113,14 +116,12 @@ def _long_lists_first_kernel(counts_ptr, order_ptr, num_lists, long, LISTS: tl.c
 _LONG = 4
 
 
-# Entries at which a matrix unit's library wants the rows of a 16-bit matrix to start.
-_ALIGNMENT = 8
-
-
 def dropped_table(
     indices: Tensor, counts: Tensor | None, num_k: int, dtype: torch.dtype = torch.int8
 ) -> Tensor:
-    """Table `[B * H, M, N]`: 0 where a query block selected a key block, 1 elsewhere.
+    """Table `[B * H, M', N']`: 0 where a query block selected a key block, 1 elsewhere.
+
+    M' and N' are M and N up to a multiple of 16, as matrix units want it.
 
     Args:
         indices: `[B, H, M, K]` int32 in [0, N), contiguous.
@@ -128,14 +129,15 @@ def dropped_table(
         num_k: N.
     """
     batch, heads, num_q, kept = indices.shape
-    width = triton.cdiv(num_k, _ALIGNMENT) * _ALIGNMENT
-    table = indices.new_ones(batch * heads, num_q, width, dtype=dtype)[..., :num_k]
+    rows, width = padded_row(num_q), padded_row(num_k)
+    table = indices.new_ones(batch * heads, rows, width, dtype=dtype)
     _mark_selected_kernel[(triton.cdiv(num_q * kept, 1024), batch * heads)](
         indices_ptr=indices,
         counts_ptr=counts,
         table_ptr=table,
         num_q=num_q,
         num_selected=kept,
+        rows=rows,
         row_stride=width,
         ENTRIES=1024,
         num_warps=4,
@@ -147,7 +149,7 @@ def invert_selection(dropped: Tensor, kept: int) -> InverseLists:
     """Query blocks per key block.
 
     Args:
-        dropped: as `dropped_table` returns it.
+        dropped: `[B * H, M, N]` of what `dropped_table` returns.
         kept: entries of a list of key blocks, at most.
     """
     heads, num_q, num_k = dropped.shape
@@ -160,6 +162,7 @@ def invert_selection(dropped: Tensor, kept: int) -> InverseLists:
         counts_ptr=lengths,
         num_q=num_q,
         num_k=num_k,
+        head_stride=dropped.stride(0),
         row_stride=dropped.stride(1),
         ROWS=64,
         COLUMNS=32,

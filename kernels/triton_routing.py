@@ -157,7 +157,7 @@ def plan_blocks(
     """
     total = key_means.shape[-2]
     most = most_selected(options, total)
-    if most == total and options.selection == "top_k":
+    if most == total and options.selection != "top_p":
         every = torch.arange(total, device=key_means.device, dtype=torch.int32)
         indices = every.expand(*query_means.shape[:-1], total).contiguous()
         return BlockPlan(indices, None, None, None)

@@ -43,6 +43,7 @@ def sparse_rows(
     value_scale_ptr,
     key_mean_ptr,
     indices_row_ptr,
+    bias_row_ptr,
     stride_ql,
     stride_kl,
     stride_vl,
@@ -62,6 +63,7 @@ def sparse_rows(
 ):
     """O_s `[BLOCK_Q, D_PAD]` and the log-sum-exp `[BLOCK_Q]` of one query block, float32.
 
+    `bias_row_ptr`: for each key block, what is added to its logits, in powers of two; or None.
     Without NEED_LSE the second lacks what smoothing takes off.
     """
     LOW_KEYS: tl.constexpr = SPARSE_DTYPE != "bf16"
@@ -128,13 +130,20 @@ def sparse_rows(
                 scores = tl.where((offs_k < rows_k)[None, :], scores, float("-inf"))
             top = tl.max(scores, 1)
         # Scales are positive, so scaling the maximum is enough.
-        new_max = tl.maximum(row_max, top * step)
+        top = top * step
+        if bias_row_ptr is not None:
+            bias = tl.load(bias_row_ptr + index)
+            top = top + bias
+        new_max = tl.maximum(row_max, top)
         shift = new_max - peak
         if LOW_KEYS:
             # The sum is rounded: what it stands for is the maximum from here on.
             shift = shift + OFFSET * step
             new_max = (shift - OFFSET * step) + peak
-        weights = tl.exp2(scores * step - shift[:, None])
+        powers = scores * step - shift[:, None]
+        if bias_row_ptr is not None:
+            powers = powers + bias
+        weights = tl.exp2(powers)
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max

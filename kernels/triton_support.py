@@ -72,8 +72,6 @@ def why_not(query: Tensor, options: Options) -> str | None:
                 f"for `{name}` in {', '.join(map(str, known))} with sparse_dtype="
                 f"{options.sparse_dtype!r}, got {block}; use 'torch' instead"
             )
-    if options.selection == "soft_top_k":
-        return "without selection='soft_top_k', which forms all scores; use 'reference' or 'auto'"
     return None
 
 

@@ -17,6 +17,8 @@ from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource, find_m
 from sla_video.pipelines.video_files import plan_outputs
 
 _MAX_SEED = 2**63 - 1
+# As `routers`: the training-free mode, also for a model that comes with routers.
+NO_ROUTERS = "none"
 _MAX_STEPS = 1000  # noise levels that Wan's schedulers know
 
 
@@ -27,7 +29,8 @@ class GenerationRequest:
     Attributes:
         prompts: one video, or `num_videos`, of each.
         model: "tiny-wan", a local folder or a hub id.
-        routers: a folder or hub id of trained routers; `None` is the training-free mode.
+        routers: a folder or hub id of trained routers; "none" is the training-free mode. `None`
+            takes the model's own, where it has any.
         sparsity: share of the key blocks left to the linear branch, in [0, 1).
         dense: keep the model's own full attention.
         dense_steps: how many of the first steps keep it; they fix the layout of the video.
@@ -161,11 +164,14 @@ def plan_generation(request: GenerationRequest) -> GenerationPlan:
     source.geometry.check(values["frames"], values["height"], values["width"])
     for field in ("sparsity", "dense_steps"):
         value = getattr(request, field)
-        if value is None and not request.dense and request.routers is None:
+        if value is None and not request.dense and request.routers in (None, NO_ROUTERS):
             value = getattr(defaults, field)
         values[field] = value
     if values["sparsity"] is not None:
         check_sparsity(values["sparsity"])
+    routers = request.routers
+    if routers is None and not request.dense:
+        routers = defaults.routers
     prompts = [" ".join(p.split()) for p in request.prompts for _ in range(request.num_videos)]
     assert request.seed is not None  # drawn in __post_init__
     seeds = [request.seed + index for index in range(len(prompts))]
@@ -176,7 +182,7 @@ def plan_generation(request: GenerationRequest) -> GenerationPlan:
             VideoPlan(prompt=prompt, seed=seed, path=path)
             for prompt, seed, path in zip(prompts, seeds, paths, strict=True)
         ),
-        routers=request.routers,
+        routers=None if routers == NO_ROUTERS else routers,
         dense=request.dense,
         negative_prompt=request.negative_prompt,
         max_sequence_length=defaults.max_sequence_length,

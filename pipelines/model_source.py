@@ -30,7 +30,8 @@ class ModelDefaults:
     """Settings used where the caller gives none: `defaults.json` of the model, or Wan 2.1's own.
 
     `max_sequence_length` is the number of text tokens that the model was trained with; Wan pads to
-    it and attends to the padding, so that it is no matter of taste.
+    it and attends to the padding, so that it is no matter of taste. `routers` is a folder beside
+    the model's own.
     """
 
     frames: int = 81
@@ -42,6 +43,7 @@ class ModelDefaults:
     sparsity: float = 0.9
     dense_steps: int = 0
     max_sequence_length: int = 512
+    routers: str | None = None
 
 
 # Names of a model's `defaults.json` (those of a Diffusers call) and ours.
@@ -247,10 +249,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_defaults(path: Path) -> ModelDefaults:
     stored = read_json(path)
-    known = {ours: stored[key] for key, ours in _DEFAULTS_KEYS.items() if key in stored}
+    known: dict[str, Any] = {
+        ours: stored[key] for key, ours in _DEFAULTS_KEYS.items() if key in stored
+    }
     for ours, value in known.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{path}: `{ours}` must be a number, got {value!r}")
+    if "routers" in stored:
+        if not isinstance(stored["routers"], str):
+            raise InputError(
+                f"{path}: `routers` must be the name of a folder, got {stored['routers']!r}"
+            )
+        known["routers"] = str(path.parent / stored["routers"])
     return ModelDefaults(**known)
 
 

@@ -109,6 +109,11 @@ class SLAAttnProcessor(nn.Module):
         return self._held_router[0]
 
     @property
+    def operator_options(self) -> dict[str, Any]:
+        """Keyword arguments of `sla2_attention` for this layer."""
+        return {"sparsity": self.sparsity, "impl": self._impl, **self._options}
+
+    @property
     def _attention_backend(self) -> Any:
         """Diffusers' choice of kernel for dense calls (`set_attention_backend`)."""
         return self.original._attention_backend
@@ -227,10 +232,8 @@ class SLAAttnProcessor(nn.Module):
             key,
             value,
             self.router,
-            sparsity=self.sparsity,
-            impl=self._impl,
             return_lse=recall,
-            **self._options,
+            **self.operator_options,
         )
         if not isinstance(result, tuple):
             return result

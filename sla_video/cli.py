@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sla_video import __version__, cli_finetune
+from sla_video.cli_calibrate import calibrate
 from sla_video.console import PROGRAM, run_command, set_up_messages
 from sla_video.pipelines.errors import InputError
 
@@ -82,7 +83,10 @@ def generate(
     ] = "tiny-wan",
     routers: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of trained routers.  [default: training-free]"),
+        typer.Option(
+            help="Folder or hub id of trained routers; none is the training-free mode.  "
+            "[default: the model's own, or none]"
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
@@ -191,6 +195,10 @@ def generate(
             typer.echo(video.path)
 
 
+app.command()(calibrate)
+cli_finetune.register(app)
+
+
 @app.command()
 def bench(
     context: typer.Context,
@@ -268,9 +276,6 @@ def bench(
         return
     file.write(result)
     _print_tables(bench_tables(result))
-
-
-cli_finetune.register(app)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,36 @@ sys.path.insert(0, str(Path(__file__).parent))
 from triton_interpreter import interpret_without_gpu
 
 interpret_without_gpu()
+
+_MOST_WORKERS = 4
+_HAS_AFFINITY = hasattr(os, "sched_getaffinity")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in several processes, by pytest-xdist where it is installed.
+
+    Named files, and whatever is run with `-n` or a debugger, are left as asked for: one process,
+    whose output is seen as it comes. So are machines with a GPU, which the tests fill and time.
+    """
+    import torch
+
+    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if _HAS_AFFINITY else 1)
+    chosen = config.args != config.getini("testpaths") or config.option.keyword
+    if (
+        not config.pluginmanager.hasplugin("xdist")
+        or "PYTEST_XDIST_WORKER" in os.environ
+        or config.option.numprocesses is not None
+        or config.option.usepdb
+        or config.option.collectonly
+        or chosen
+        or workers < 2
+        or torch.cuda.is_available()
+    ):
+        return
+    config.option.numprocesses, config.option.dist = workers, "worksteal"
+    # Threads of several processes would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

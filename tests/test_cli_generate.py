@@ -220,6 +220,19 @@ def test_routers_bring_their_settings(
     assert record["attention"]["config"]["dense_steps"] == 1
 
 
+def test_a_model_may_come_with_routers(
+    tiny_pipeline_dir: Path, tmp_path: Path, tiny_pipeline: Any
+) -> None:
+    folder = Path(shutil.copytree(tiny_pipeline_dir, tmp_path / "model"))
+    with sla_video.enable_sla(tiny_pipeline, sparsity=0.75) as handle:
+        sla_video.save_routers(folder / "fitted", handle)
+    (folder / "defaults.json").write_text('{"routers": "fitted", "sparsity": 0.6}')
+    found = generate(folder, tmp_path)["settings"]
+    assert (found["routers"], found["sparsity"]) == (str(folder / "fitted"), 0.6)
+    assert generate(folder, tmp_path, "--routers", "none")["settings"]["routers"] is None
+    assert generate(folder, tmp_path, "--dense")["settings"]["routers"] is None
+
+
 def test_dense_steps_are_dense(
     tiny_pipeline_dir: Path, tmp_path: Path, frames_written: list[np.ndarray[Any, Any]]
 ) -> None:

@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from finetune_cases import make_batch, make_student
 from sla_video.calibration import alignment
 from sla_video.calibration.alignment import Draw, alignment_loss, draw_blocks, draw_stream
-from sla_video.calibration.clip_source import noise_level
+from sla_video.calibration.clip_source import ClipBatch, Sampler, noise_level, uniform_level
+from sla_video.calibration.finetune_config import FinetuneConfig
+from sla_video.calibration.student import guided_error
 from sla_video.kernels.api import sla2_attention
 from sla_video.kernels.router import Router
 from sla_video.pipelines.errors import InputError
@@ -150,3 +153,67 @@ def test_ssa_with_frozen_projections_is_refused() -> None:
     ):
         with pytest.raises(InputError, match="Q, K and V frozen"):
             make_student(loss="ssa", **settings)
+
+
+def test_uniform_levels_are_those_of_a_sampler() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(8)
+    times = torch.linspace(1, scheduler.sigma_min, 8)
+    levels = [uniform_level(time.item(), 5.0) for time in times]
+    assert levels == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-4)
+
+
+def test_guided_error_is_that_of_the_guided_velocities() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 6, 2, 3, dtype=torch.float64, generator=generator)
+
+    def guided(velocity: torch.Tensor) -> torch.Tensor:
+        captioned, bare = velocity[:3], velocity[3:]
+        return bare + 4 * (captioned - bare)
+
+    expected = (guided(student) - guided(teacher)).square().mean() / 16
+    assert guided_error(student - teacher, 4.0).item() == pytest.approx(expected.item())
+
+
+class Recorded:
+    """A source that keeps what it was asked for."""
+
+    validation_prompts = ()
+
+    def __len__(self) -> int:
+        return 10
+
+    def load(self, clips, captioned, seed):  # type: ignore[no-untyped-def]
+        self.asked = (list(clips), list(captioned))
+        return ClipBatch(torch.zeros(len(clips), 1, 1, 2, 2), torch.zeros(len(clips), 1, 1))
+
+
+@pytest.mark.parametrize("levels", ["logit-normal", "uniform"])
+def test_pairs_share_clip_noise_and_level(levels: str) -> None:
+    source = Recorded()
+    sampler = Sampler(
+        source,
+        seed=0,
+        batch_size=6,
+        processes=1,
+        process=0,
+        accumulate=1,
+        shift=5.0,
+        caption_dropout=0.5,
+        levels=levels,
+        paired=True,
+    )
+    batch = sampler.batch(2, 0)
+    clips, captioned = source.asked
+    assert clips[:3] == clips[3:] and len(set(clips[:3])) == 3
+    assert captioned == 3 * [True] + 3 * [False]
+    assert torch.equal(batch.noise[:3], batch.noise[3:])
+    assert torch.equal(batch.sigma[:3], batch.sigma[3:]) and len(set(batch.sigma.tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 3}, {"loss": "flow"}, {"loss": "ssa", "base_loss": "flow"}]
+)
+def test_guidance_needs_pairs_and_a_teacher(settings: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="guidance"):
+        FinetuneConfig(**{"max_steps": 1, "batch_size": 2, "guidance": 3.0, **settings})

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -38,7 +39,7 @@ def test_evaluate_compares_settings_from_the_same_noise(
     save_pipeline(tmp_path / "model", build_vae(), build_transformer(), encoder)
     report, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
     arguments = ["--model", tmp_path / "model", "--prompts", 2, "--size", 32, "--steps", 1]
-    arguments += ["--settings", "dense", "0.0", "0.5"]
+    arguments += ["--settings", "dense", "0.0", "0.5", "--fidelity"]
     arguments += ["--json", report, "--sheet", sheet]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     evaluate.main()
@@ -46,8 +47,37 @@ def test_evaluate_compares_settings_from_the_same_noise(
     assert list(rows) == ["dense", "0.0", "0.5"]
     # At full selection only rounding differs; at half of the blocks the videos do.
     assert rows["0.0"]["psnr_to_first"] > 60 > rows["0.5"]["psnr_to_first"]
+    assert rows["0.0"]["ssim_to_first"] > rows["0.5"]["ssim_to_first"] > 0
+    assert rows["0.0"]["velocity_error"] < 1e-4 < rows["0.5"]["velocity_error"]
     assert all(0 <= rows[s][column] <= 100 for s in rows for column in ("colour", "core", "all"))
     assert Image.open(sheet).size == (2 * 5 * 114 + 12, 112 + 24)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dense", evaluate.Setting()),
+        ("0.9", evaluate.Setting(sparsity=0.9)),
+        ("0.9/2", evaluate.Setting(sparsity=0.9, dense_steps=2)),
+        (
+            "runs/a@b@0.97:int8",
+            evaluate.Setting(sparsity=0.97, routers="runs/a@b", sparse_dtype="int8"),
+        ),
+    ],
+)
+def test_settings_are_read(text: str, expected: evaluate.Setting) -> None:
+    assert evaluate.Setting.parse(text) == expected
+
+
+def test_paired_distances_are_those_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)
+    b = a.copy()
+    b[1, :, :, :, 0] ^= 16
+    found = evaluate.paired_distance(a, b, torch.device("cpu"))
+    mse = np.square((a[1].astype(float) - b[1]) / 255).mean()
+    assert found["psnr"] == pytest.approx([96.02, -10 * np.log10(mse)], abs=0.01)
+    assert found["ssim"][0] == pytest.approx(1) and 0.5 < found["ssim"][1] < 1
 
 
 def test_evaluate_says_what_a_checkpoint_needs(tmp_path: Path) -> None:

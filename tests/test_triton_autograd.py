@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from triton_cases import DEVICE, needs_triton, relative
 
-from sla_video.kernels import triton_autograd
+from sla_video.kernels import triton_forward
 from sla_video.kernels.api import sla2_attention
 from sla_video.kernels.router import Router
 from sla_video.kernels.triton_attend import attend
@@ -271,7 +271,7 @@ def test_the_sparse_output_is_kept_only_for_gradients(learning, monkeypatch):
         kept.append(out_sparse is not None)
         attend(*args, out_sparse=out_sparse, **keywords)
 
-    monkeypatch.setattr(triton_autograd, "attend", record)
+    monkeypatch.setattr(triton_forward, "attend", record)
     with torch.set_grad_enabled(learning):
         sla2_attention(*leaves(40), impl="triton", **SMALL)
     assert kept == [learning]
@@ -286,8 +286,8 @@ def test_heads_may_be_worked_on_a_few_at_a_time(sparse_dtype, monkeypatch):
     wanted = sla2_attention(*qkv, **settings)
     one_head = (4 + 4) * (HEAD_DIM + 1) * HEAD_DIM * 4
     for size, shares in ((1, 6), (2 * one_head, 4), (3 * one_head, 2), (6 * one_head, 1)):
-        monkeypatch.setattr(triton_autograd, "_STATE_BYTES", size)
-        assert len(list(triton_autograd._shares(qkv[1], 4, 4, True))) == shares
+        monkeypatch.setattr(triton_forward, "_STATE_BYTES", size)
+        assert len(list(triton_forward._shares(qkv[1], 4, 4, True))) == shares
         for got, whole in zip(sla2_attention(*qkv, **settings), wanted, strict=True):
             # A GPU's library may sum in another order for another number of heads.
             assert torch.equal(got, whole) if DEVICE == "cpu" else relative(got, whole) < 1e-3

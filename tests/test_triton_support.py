@@ -28,7 +28,6 @@ REFUSALS = {
         None,
         "for `block_k` in 32, 64, 128 with sparse_dtype='int8_int8', got 16",
     ),
-    "soft_top_k": ({"selection": "soft_top_k"}, None, "without selection='soft_top_k'"),
 }
 
 

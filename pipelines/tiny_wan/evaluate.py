@@ -1,10 +1,13 @@
 """Generate the held-out prompts and measure how well the videos keep to them.
 
     python -m sla_video.pipelines.tiny_wan.evaluate --model tiny-wan --prompts 200 \\
-        --settings dense 0.80 0.85 0.90 0.95 0.97 --json adherence.json
+        --settings dense 0.80 0.90 0.90/1 runs/routers@0.97:int8 --json adherence.json
 
-Every setting starts from the same noise, so that the videos can be compared pairwise. Several
-processes (`accelerate launch`) share the prompts.
+A setting is "dense" or `[ROUTERS@]SPARSITY[/DENSE_STEPS][:FORMAT]`: a folder of routers, the
+sparsity, how many first steps are dense, and the number format of the sparse branch. With
+`--fidelity` it is also compared with dense attention layer by layer (`fidelity.py`). Every setting
+starts from the same noise, so that videos can be compared pairwise. Several processes (`accelerate
+launch`) share the prompts.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import math
 import os
 import random
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from accelerate.utils import gather_object
 from diffusers import WanPipeline
 from PIL import Image, ImageDraw
 
+from sla_video.pipelines.handle import SLAHandle
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.tiny_wan import adherence, checkpoints
 from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
@@ -52,6 +58,42 @@ SHEET_TILE = 112
 SHEET_SEAM = 2
 SHEET_CAPTION = 24
 SHEET_GAP = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One kind of attention: dense where `sparsity` is None."""
+
+    sparsity: float | None = None
+    routers: str | None = None
+    dense_steps: int = 0
+    sparse_dtype: str = "bf16"
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        if text == "dense":
+            return cls()
+        routers, _, rest = text.rpartition("@")
+        rest, _, sparse_dtype = rest.partition(":")
+        sparsity, _, dense_steps = rest.partition("/")
+        return cls(
+            sparsity=float(sparsity),
+            routers=routers or None,
+            dense_steps=int(dense_steps or 0),
+            sparse_dtype=sparse_dtype or "bf16",
+        )
+
+    def enable(self, pipe: WanPipeline) -> SLAHandle | None:
+        """Patch the pipeline; None for dense attention."""
+        if self.sparsity is None:
+            return None
+        return enable_sla(
+            pipe,
+            self.routers,
+            sparsity=self.sparsity,
+            dense_steps=self.dense_steps,
+            sparse_dtype=self.sparse_dtype,  # type: ignore[arg-type]
+        )
 
 
 def held_out_prompts(count: int) -> tuple[list[Scene], list[str]]:
@@ -111,30 +153,30 @@ def generate(pipe: WanPipeline, prompts: list[str], first: int, args: argparse.N
     return (frames.float().permute(0, 1, 3, 4, 2) * 255).round().byte().cpu().numpy()
 
 
-def run_setting(
-    pipe: WanPipeline,
-    setting: str,
-    prompts: list[str],
-    numbers: list[int],
-    args: argparse.Namespace,
+def generate_all(
+    pipe: WanPipeline, prompts: list[str], numbers: list[int], args: argparse.Namespace
 ) -> tuple[Any, float]:
-    """Videos of one setting, and the seconds they took.
-
-    A setting is "dense", a sparsity, or a sparsity and a number of dense first steps: "0.9/2".
-    """
-    handle = None
-    if setting != "dense":
-        sparsity, _, dense_steps = setting.partition("/")
-        handle = enable_sla(pipe, sparsity=float(sparsity), dense_steps=int(dense_steps or 0))
+    """Videos of all prompts with whatever attention `pipe` has, and the seconds they took."""
     started = time.monotonic()
     videos = [
         generate(pipe, prompts[i : i + args.batch_size], numbers[i], args)
         for i in range(0, len(prompts), args.batch_size)
     ]
-    seconds = time.monotonic() - started
-    if handle is not None:
-        handle.remove()
-    return np.concatenate(videos), seconds
+    return np.concatenate(videos), time.monotonic() - started
+
+
+def paired_distance(videos: Any, baseline: Any, device: torch.device) -> dict[str, list[float]]:
+    """PSNR (dB) and SSIM of each video to its counterpart; `[B, T, H, W, 3]` uint8."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    found: dict[str, list[float]] = {"psnr": [], "ssim": []}
+    for pair in zip(videos, baseline, strict=True):
+        a, b = (torch.from_numpy(x).to(device).permute(0, 3, 1, 2).float() / 255 for x in pair)
+        # Videos that are equal have no PSNR; beyond 96 dB nobody could tell.
+        error = (a - b).square().mean().clamp_min(2.5e-10)
+        found["psnr"].append(float(-10 * error.log10()))
+        found["ssim"].append(float(structural_similarity_index_measure(a, b, data_range=1.0)))  # type: ignore[arg-type]
+    return found
 
 
 def contact_sheet(videos: Any, prompts: list[str], path: Path) -> None:
@@ -164,7 +206,16 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="VAE checkpoint, where --model is a checkpoint")
     parser.add_argument("--weights", default="ema", choices=("ema", "weights"))
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--settings", nargs="+", default=["dense"], help="dense, 0.9, 0.9/2")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=["dense"],
+        help="dense, 0.9, 0.9/2, FOLDER@0.97:int8; the videos of the first are what others are "
+        "compared with",
+    )
+    parser.add_argument(
+        "--fidelity", action="store_true", help="also velocity error, error and recall of attention"
+    )
     parser.add_argument("--size", type=int, default=FRAME_SIZE)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
@@ -185,20 +236,31 @@ def main() -> None:
     scenes, prompts = held_out_prompts(args.prompts)
     report: dict[str, Any] = {}
     baseline = None
+    probe = None
+    if args.fidelity:
+        from sla_video.pipelines.tiny_wan import fidelity
+
+        probe = fidelity.make_probe(pipe, size=args.size)
     with accelerator.split_between_processes(list(range(args.prompts))) as numbers:
         mine, mine_scenes = [prompts[i] for i in numbers], [scenes[i] for i in numbers]
         for setting in args.settings:
-            videos, seconds = run_setting(pipe, setting, mine, numbers, args)
-            results = adherence.measure_many(videos, mine_scenes)
+            handle = Setting.parse(setting).enable(pipe)
+            with handle or nullcontext():
+                videos, seconds = generate_all(pipe, mine, numbers, args)
+                distance = (
+                    fidelity.measure_fidelity(pipe, handle, probe)
+                    if handle is not None and probe is not None
+                    else {}
+                )
+            results = gather_object(adherence.measure_many(videos, mine_scenes))
             baseline = videos if baseline is None else baseline
-            psnr = [_psnr(a, b) for a, b in zip(videos, baseline, strict=True)]
-            results = gather_object(results)
-            psnr = gather_object(psnr)
+            paired = paired_distance(videos, baseline, accelerator.device)
+            paired = {name: gather_object(values) for name, values in paired.items()}
             # A column that no prompt of these speaks of has no percentage.
             columns = {k: v for k, v in adherence.summary(results).items() if not math.isnan(v)}
-            row = {**columns, "seconds_per_video": seconds / len(mine)}
+            row = {**columns, "seconds_per_video": seconds / len(mine), **distance}
             if setting != args.settings[0]:
-                row["psnr_to_first"] = float(np.mean(psnr))
+                row |= {f"{name}_to_first": float(np.mean(v)) for name, v in paired.items()}
             report[setting] = row
             if accelerator.is_main_process:
                 print(setting, json.dumps(row), flush=True)
@@ -209,11 +271,6 @@ def main() -> None:
                     part.write_text(json.dumps(report, indent=1))
                     os.replace(part, args.json)
     accelerator.end_training()
-
-
-def _psnr(a: Any, b: Any) -> float:
-    error = np.square(a.astype(np.float32) - b.astype(np.float32)).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
 
 if __name__ == "__main__":

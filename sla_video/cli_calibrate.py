@@ -1,0 +1,196 @@
+"""`sla-video calibrate`: fit routers to a model. Heavy imports are inside the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sla_video.pipelines.errors import InputError
+
+
+def calibrate(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Videos of the kind the model is for; two or more.  [default: for tiny-wan four "
+            "scenes of its world]"
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Read the prompts from a text file, one a line."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The embedded tiny-wan, a folder of a Diffusers Wan pipeline, or a hub id."
+        ),
+    ] = "tiny-wan",
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share left to the linear branch; may be repeated, and makes one folder for "
+            "each.  [default: 0.95]"
+        ),
+    ] = None,
+    mean_sparsity: Annotated[
+        float | None,
+        typer.Option(help="Instead: this mean over the layers, each with what suits it."),
+    ] = None,
+    target_recall: Annotated[
+        float | None,
+        typer.Option(help="Instead: as sparse as this mean recall over the layers allows."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the routers are written.")
+    ] = Path("routers"),
+    steps: Annotated[int, typer.Option(help="Steps of the fit of each layer.")] = 300,
+    trainable: Annotated[
+        str,
+        typer.Option(
+            help="router+alpha; alpha keeps the heuristic router, router the training-free mix."
+        ),
+    ] = "router+alpha",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the router.  [default: chosen by measurement]")
+    ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="Temperature of the soft top-k at the end.  [default: 0.1]"),
+    ] = None,
+    alpha: Annotated[
+        str, typer.Option(help="adaptive, or per_block: the paper's table, for one resolution.")
+    ] = "adaptive",
+    router_per_head: Annotated[
+        bool, typer.Option("--router-per-head", help="A router for each head, not each layer.")
+    ] = False,
+    phi_k: Annotated[
+        str, typer.Option(help="Keys of the linear branch: smoothed (mean removed) or raw.")
+    ] = "smoothed",
+    dense_layer: Annotated[
+        list[int] | None,
+        typer.Option(help="Layer that keeps full attention, -1 for the last; may be repeated."),
+    ] = None,
+    dense_steps: Annotated[
+        int | None,
+        typer.Option(help="First steps with full attention.  [default: the model's own]"),
+    ] = None,
+    capture_steps: Annotated[
+        int, typer.Option(help="Denoising steps captured of each prompt.")
+    ] = 4,
+    denoising_steps: Annotated[
+        int | None,
+        typer.Option(help="Denoising steps.  [default: the model's own, at most 12; tiny-wan: 6]"),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Weight of the prompt.  [default: the model's own]")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the videos should not show; needs guidance.")
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Number of frames, 4k+1 for Wan.  [default: the model's own]"),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Height in pixels.  [default: the model's own]")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Width in pixels.  [default: the model's own]")
+    ] = None,
+    memory: Annotated[
+        float,
+        typer.Option(
+            help="GiB of host memory for captures; where it is short the pipeline runs again for "
+            "each group of layers."
+        ),
+    ] = 8.0,
+    spill: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep captures on disk instead: the same command goes on after an interruption, "
+            "and removes them when it is done.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of noise and samples.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:N or mps.  [default: a GPU if there is one]"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]"),
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep idle parts of the model in host memory (slower)."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace routers that exist.")
+    ] = False,
+) -> None:
+    """Fit routers to a model: minutes, no training data.
+
+    Runs the model with full attention on a few prompts, fits the router of each layer to what its
+    attention did there, and prints how close each layer comes. The folder is for
+    `sla-video generate --routers` and `enable_sla`.
+
+    \b
+    Examples:
+      sla-video calibrate --sparsity 0.95 --sparsity 0.97 --out routers
+      sla-video calibrate --prompts prompts.txt --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+      sla-video calibrate --mean-sparsity 0.95 --out routers-by-layer
+    """
+    from rich.console import Console
+
+    from sla_video.calibration.calibrate import calibrate as run
+    from sla_video.calibration.calibration_request import CalibrationRequest
+    from sla_video.calibration.report import report_table
+    from sla_video.pipelines.generation_request import read_prompts
+    from sla_video.pipelines.progress import TerminalProgress
+
+    if prompt and prompts is not None:
+        raise InputError("give prompts as arguments or with --prompts, not both")
+    choices: dict[str, Any] = {"alpha": alpha, "phi_k": phi_k}
+    request = CalibrationRequest(
+        prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
+        model=model,
+        sparsities=tuple(sparsity or ()),
+        mean_sparsity=mean_sparsity,
+        target_recall=target_recall,
+        out=out,
+        steps=steps,
+        trainable=trainable,
+        learning_rate=learning_rate,
+        tau=tau,
+        router_per_head=router_per_head,
+        dense_layers=tuple(dense_layer or ()),
+        dense_steps=dense_steps,
+        capture_steps=capture_steps,
+        denoising_steps=denoising_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        frames=frames,
+        height=height,
+        width=width,
+        memory=memory,
+        spill=spill,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        overwrite=overwrite,
+        **choices,
+    )
+    with TerminalProgress() as progress:
+        result = run(request, progress=progress)
+    console = Console(stderr=True, width=110)
+    for routers in result.routers:
+        console.print(report_table(routers))
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
+    typer.echo(seconds, err=True)
+    for routers in result.routers:
+        typer.echo(routers.folder)
