@@ -38,7 +38,10 @@ class FitOptions:
         trainable: "alpha" leaves the router at its heuristic, "router" the mix weight at its
             estimate.
         learning_rate: of the router's projections; alpha_learning_rate: of the mix weight.
-        tau_start, tau: temperature of SoftTop-k at the start and at the end of the soft phase.
+        tau_start, tau: temperature of SoftTop-k at the start and at the end of the soft phase, in
+            between on a geometric line.
+        decay: pull of the projections towards the identity, without which they learn the prompts
+            by heart: added to the loss, times their mean squared distance per row.
         hard_share: share of the steps in the hard phase.
         blocks: query blocks sampled from each call; rows: rows sampled from each of them.
         held_out_rows: rows of each held-out block.
@@ -52,12 +55,12 @@ class FitOptions:
     trainable: Trainable = "router+alpha"
     learning_rate: float = 3e-3
     alpha_learning_rate: float = 3e-2
-    tau_start: float = 1.0
-    tau: float = 0.1
-    decay: float = 0.0
+    tau_start: float = 0.1
+    tau: float = 0.03
+    decay: float = 0.2
     hard_share: float = 0.2
-    blocks: int = 16
-    rows: int = 16
+    blocks: int = 64
+    rows: int = 4
     held_out_rows: int = 32
     table_memory: int = 3 * 2**30
 
@@ -70,6 +73,8 @@ class FitOptions:
         for name in ("blocks", "rows", "held_out_rows", "table_memory"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.decay) and self.decay >= 0):
+            raise InputError(f"`decay` must be a number of at least 0, got {self.decay}")
         for name in ("learning_rate", "alpha_learning_rate", "tau_start", "tau"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -328,8 +333,8 @@ def _train(
         loss = relative_error(attend(tables, router, count, tau).output, tables).mean()
         if soft and options.decay:
             eye = torch.eye(router.head_dim, device=router.query_proj.device)
-            away = sum((p - eye).square().mean() for p in projections)
-            loss = loss + options.decay * router.head_dim * away
+            distance = torch.stack([(p - eye).square().mean() for p in projections]).sum()
+            loss = loss + options.decay * router.head_dim * distance
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0, error_if_nonfinite=False)

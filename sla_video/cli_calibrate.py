@@ -54,11 +54,11 @@ def calibrate(
         ),
     ] = "router+alpha",
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of the router.  [default: chosen by measurement]")
+        float | None, typer.Option(help="Of the router.  [default: 0.003]")
     ] = None,
     tau: Annotated[
         float | None,
-        typer.Option(help="Temperature of the soft top-k at the end.  [default: 0.1]"),
+        typer.Option(help="Temperature of the soft top-k at the end.  [default: 0.03]"),
     ] = None,
     alpha: Annotated[
         str, typer.Option(help="adaptive, or per_block: the paper's table, for one resolution.")
