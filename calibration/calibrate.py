@@ -154,7 +154,7 @@ def _load(request: CalibrationRequest, plan: CalibrationPlan, progress: Progress
 def _capture_source(
     request: CalibrationRequest, plan: CalibrationPlan, model: _Model, progress: Progress
 ) -> tuple[CaptureSource, SpillStore | None]:
-    from sla_video.calibration.capture import CapturePlan
+    from sla_video.calibration.capture import CapturePlan, plan_calls
     from sla_video.calibration.capture_store import CaptureSource, SpillStore
 
     captures = CapturePlan(
@@ -170,6 +170,7 @@ def _capture_source(
         dense_steps=plan.dense_steps,
         seed=request.seed,
     )
+    plan_calls(model.pipe, captures)  # refuses what cannot be captured before a folder is made
     spill = None
     if request.spill is not None:
         dtype = str(model.pipe.transformer.dtype)

@@ -45,6 +45,7 @@ class FitOptions:
         hard_share: share of the steps in the hard phase.
         blocks: query blocks sampled from each call; rows: rows sampled from each of them.
         held_out_rows: rows of each held-out block.
+        call_memory: bytes of the tables of one call; large models sample fewer rows to keep it.
         table_memory: bytes of tables that are kept; further ones are computed again at each use.
 
     Raises:
@@ -62,6 +63,7 @@ class FitOptions:
     blocks: int = 64
     rows: int = 4
     held_out_rows: int = 32
+    call_memory: int = 4 * 2**30
     table_memory: int = 3 * 2**30
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class FitOptions:
             raise InputError(f"`trainable` must be one of {choices}, got {self.trainable!r}")
         if self.steps < 0:
             raise InputError(f"`steps` must be at least 0, got {self.steps}")
-        for name in ("blocks", "rows", "held_out_rows", "table_memory"):
+        for name in ("blocks", "rows", "held_out_rows", "call_memory", "table_memory"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if not (math.isfinite(self.decay) and self.decay >= 0):
@@ -126,6 +128,9 @@ class LayerData:
     Args:
         calls: in the order of `CaptureSource.calls_of`.
         held_out: how many of the last ones judge; 0 judges by other query blocks of the same calls.
+
+    Attributes:
+        table_bytes: of all tables that are kept.
     """
 
     def __init__(
@@ -145,7 +150,7 @@ class LayerData:
         _, length, self.heads, self.head_dim = calls[0].query.shape
         self.num_query_blocks = num_blocks(length, config.block_q)
         self.num_key_blocks = num_blocks(length, config.block_k)
-        self._used = 0
+        self.table_bytes = 0
         judged = calls[len(calls) - held_out :] if held_out else calls
         self._train, self._test = [], []
         for call in calls[: len(calls) - held_out]:
@@ -176,6 +181,8 @@ class LayerData:
     def _tables(self, call: Capture, blocks: list[int], rows: int) -> Callable[[], RowTables]:
         """Makes the tables now if there is room for them, else whenever they are asked for."""
         seed = int(torch.randint(2**31, (), generator=self._generator))
+        row = call.query.nbytes // call.query.shape[1] * self.num_key_blocks * len(blocks)
+        rows = max(1, min(rows, self._options.call_memory // row))
 
         def make() -> RowTables:
             return build_tables(
@@ -190,10 +197,10 @@ class LayerData:
                 generator=torch.Generator().manual_seed(seed),
             )
 
-        if self._used >= self._options.table_memory:
+        if self.table_bytes >= self._options.table_memory:
             return make
         made = make()
-        self._used += made.nbytes
+        self.table_bytes += made.nbytes
         return lambda: made
 
 

@@ -198,6 +198,17 @@ def test_tables_that_do_not_fit_are_made_anew_and_change_nothing(misled):
     assert fit_layer(data, 0.8, options).before == judge(misled, None, 0.8)
 
 
+def test_a_large_call_samples_fewer_rows(misled):
+    # One row of each of 6 blocks: 2 heads x 16 numbers from each of 40 key blocks.
+    row = 6 * 40 * 2 * 16 * 4
+    for memory, rows in ((3 * row, 3), (1, 1)):
+        options = FitOptions(**SHORT, call_memory=memory)
+        call = misleading_call(0)
+        data = LayerData([call], held_out=0, config=CONFIG, options=options, device=CPU, seed=0)
+        table = next(iter(data.batches())).block_output
+        assert table.shape == (1, 2, 6, rows, 40, 16) and table.nbytes == rows * row
+
+
 def test_a_single_prompt_is_judged_by_other_blocks():
     call = misleading_call(0)
     options = FitOptions(blocks=8, rows=4)

@@ -151,7 +151,10 @@ def test_no_prompts(tiny_pipeline_dir: Path, here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--capture-steps", "9"], ["`capture_steps` is 9", "3 of the 3 denoising steps"]),
+        (
+            ["--capture-steps", "9", "--spill", "new"],
+            ["`capture_steps` is 9", "3 of the 3 denoising steps"],
+        ),
         (["--memory", "0.00001"], ["captured calls of one layer", "--spill"]),
         (["--mean-sparsity", "0.995"], ["`mean_sparsity` must be from 0.5 to 0.99"]),
         (["--target-recall", "0.999"], ["`target_recall` is 0.999", "ask for less"]),
