@@ -19,7 +19,9 @@ from dataclasses import asdict
 import torch
 
 from sla_video.calibration.capture import Capture
-from sla_video.calibration.fit import FitOptions, LayerData, fit_layer, judge
+from sla_video.calibration.fit import fit_layer
+from sla_video.calibration.fit_options import FitOptions
+from sla_video.calibration.layer_data import LayerData, judge
 from sla_video.config import SLAConfig
 
 
