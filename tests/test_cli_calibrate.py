@@ -71,6 +71,13 @@ def test_the_routers_are_for_enable_sla(
     assert frames.isfinite().all() and handle.stats().sparsity > 0.3
 
 
+def test_sixteen_bits(tiny_pipeline_dir: Path, here: Path) -> None:
+    assert calibrate(tiny_pipeline_dir, "--sparsity", "0.6", "--dtype", "bf16").code == 0
+    routers = load_routers(here / "routers")
+    assert {p.dtype for r in routers.routers.values() for p in r.parameters()} == {torch.float32}
+    assert 0 < routers.metrics["mean"]["after"]["rel_l1"] < 1
+
+
 def test_a_mean_sparsity_is_met(tiny_pipeline_dir: Path, here: Path) -> None:
     outcome = calibrate(tiny_pipeline_dir, "--mean-sparsity", "0.7", "--out", "mean")
     assert outcome.code == 0, outcome.err
