@@ -84,6 +84,7 @@ class FinetuneConfig:
     sparse_dtype: str = _option(
         "bf16", "Format of the sparse branch in training: bf16, int8, int8_fp8 or int8_int8."
     )
+    train_alpha: bool = _option(True, "Train alpha, the mix of the branches, too.")
     tau: float = _option(0.1, "Temperature of SoftTop-k, where routers are trained.")
     impl: str = _option("auto", "Implementation: auto, reference, torch or triton.")
     lora_rank: int = _option(16, "Rank of LoRA.")

@@ -93,7 +93,8 @@ class Student(nn.Module):
         for name, parameter in self.routers.named_parameters():
             is_alpha = name.rpartition(".")[2] not in _ROUTER_TENSORS
             # With LoRA or all weights, routers stay as stage 1 left them (SLA2, section 6).
-            wanted = kind != "router" if is_alpha else kind.startswith("router")
+            learns_alpha = kind != "router" and self.config.train_alpha
+            wanted = learns_alpha if is_alpha else kind.startswith("router")
             parameter.requires_grad_(wanted)
 
     def trainable(self) -> dict[str, nn.Parameter]:
