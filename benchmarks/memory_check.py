@@ -47,7 +47,11 @@ def main() -> None:
     # Triton looks at its environment when it is imported.
     from sla_video.kernels.api import sla2_attention
 
-    selections: tuple[tuple[Selection, int], ...] = (("top_k", 333), ("top_p", 129))
+    selections: tuple[tuple[Selection, int], ...] = (
+        ("top_k", 333),
+        ("top_p", 129),
+        ("soft_top_k", 129),
+    )
     cases = list(itertools.product(FORMATS, (40, 128), selections))
     for (dtype, sparse_dtype), head_dim, (selection, length) in cases[part - 1 :: parts]:
         if dtype == torch.float32 and head_dim > 64:
