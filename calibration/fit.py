@@ -32,8 +32,9 @@ class LayerFit:
 
     Attributes:
         router: what to use.
-        chosen: "training-free", or which parameters were trained.
-        before, after: of the training-free router and of `router`.
+        chosen: "training-free", or which parameters were trained; "untrained" is an alpha table as
+            it starts.
+        before, after: of the training-free mode and of `router`.
     """
 
     router: Router
@@ -70,10 +71,11 @@ def fit_layer(
         InputError: the error is not a number.
     """
     start = new_router(data, alpha=alpha, per_head=per_head, device=device or "cpu")
-    before = judge(data, start, sparsity)
-    best = LayerFit(
-        router=start, sparsity=sparsity, chosen="training-free", before=before, after=before
-    )
+    before = judge(data, None, sparsity)
+    # A table of alpha starts at one half for all blocks, which is not the training-free mode.
+    untrained = judge(data, start, sparsity) if alpha == "per_block" else before
+    chosen = "training-free" if alpha == "adaptive" else "untrained"
+    best = LayerFit(router=start, sparsity=sparsity, chosen=chosen, before=before, after=untrained)
     count = num_selected(sparsity, data.num_key_blocks)
     if not math.isfinite(before.error):
         raise InputError("the error of the training-free router is not a number")

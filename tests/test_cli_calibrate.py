@@ -62,6 +62,8 @@ def test_the_routers_are_for_enable_sla(
     config = routers.config
     assert (config.alpha, config.num_query_blocks, config.phi_k) == ("per_block", 3, "raw")
     assert config.router_per_head and config.dense_layers == (-1,)
+    layers = routers.metrics["layers"].values()
+    assert {layer["chosen"] for layer in layers} <= {"untrained", "alpha", "router+alpha"}
     assert len(routers.routers) == 2
     handle = enable_sla(tiny_pipeline, here / "mine")
     try:
