@@ -28,7 +28,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     available = available_implementations().get(config.impl, "available")
     if available != "available":
         raise InputError(f"impl={config.impl!r} cannot run here: {available}")
-    if config.soft_selection and config.impl not in ("auto", "reference"):
+    if config.soft_selection and config.impl == "torch":
         raise InputError(
             f"trainable {config.trainable!r} selects softly, which impl={config.impl!r} does not: "
             "leave --impl out"
