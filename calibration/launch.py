@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
@@ -53,6 +55,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
             raise InputError(
                 "FSDP version 1 is not supported: set fsdp_version to 2 in Accelerate's config"
             )
+        _keep_inputs(accelerator)
         if config.validation_videos:
             raise InputError("validation videos need the whole network: they do not go with FSDP")
     return accelerator
@@ -61,3 +64,13 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether FSDP spreads the network over the processes."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def _keep_inputs(accelerator: Accelerator) -> None:
+    """Let FSDP round weights only: not noise levels, rotary tables and losses."""
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, cast_forward_inputs=False, output_dtype=None
+        )

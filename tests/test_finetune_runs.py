@@ -130,6 +130,13 @@ def test_two_processes_take_the_steps_of_one(
     assert losses_of(out) == pytest.approx(losses_of(whole_run), rel=2e-4)
 
 
+def test_shards_have_the_gradients_of_the_whole() -> None:
+    program = Path(__file__).with_name("finetune_sharded.py")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(program)]
+    done = run_program(launch, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_stopped_run_goes_on(tiny_pipeline_dir: Path, videos: Path, tmp_path: Path) -> None:
     """All weights trained, several sparsities, accumulation: stopped in the middle or not."""
     config = FinetuneConfig(
