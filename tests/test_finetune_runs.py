@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio.v2 as imageio
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -166,3 +168,62 @@ def test_a_stopped_run_goes_on(tiny_pipeline_dir: Path, videos: Path, tmp_path: 
     for name, tensor in mine.state_dict().items():
         assert torch.equal(tensor, theirs.state_dict()[name]), name
         assert not torch.equal(tensor, original.state_dict()[name]), name
+
+
+def test_routers_learn_on_the_world_of_the_embedded_model(tmp_path: Path) -> None:
+    config = FinetuneConfig(
+        out=tmp_path / "run",
+        trainable="router+alpha",
+        height=32,
+        width=32,
+        sparsity=(0.5,),
+        world_clips=4,
+        encode_batch=2,
+        validation_clips=2,
+        max_steps=3,
+        log_every=1,
+        warmup_steps=0,
+        cooldown=0.0,
+        router_rate=0.02,
+    )
+    finetune(config)
+    history = load_routers(config.out / "routers").metrics["history"]
+    before, after = (r["validation"]["velocity_error@0.5"] for r in history if "validation" in r)
+    assert 0 < after != before
+    trained = load_routers(config.out / "routers").routers
+    assert len(trained) == 8
+    assert all(not torch.equal(r.query_proj, torch.eye(64)) for r in trained.values())
+    # The same seed makes the same world, and the same steps.
+    finetune(dataclasses.replace(config, out=tmp_path / "again"))
+    assert losses_of(tmp_path / "again") == losses_of(config.out)
+
+
+def test_validation_videos_are_written(
+    tiny_pipeline_dir: Path, videos: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_pipeline_dir, model)
+    (model / "defaults.json").write_text(
+        '{"num_inference_steps": 2, "fps": 8, "max_sequence_length": 16}'
+    )
+    config = FinetuneConfig(
+        model=str(model),
+        data=str(videos),
+        cache=tmp_path / "cache",
+        out=tmp_path / "run",
+        **SMALL_SIZE,
+        sparsity=(0.34,),
+        validation_clips=2,
+        validation_videos=2,
+        validate_every=1,
+        max_steps=2,
+        lora_rank=2,
+    )
+    finetune(config)
+    for step in range(3):
+        folder = config.out / "validation" / f"step-{step:08d}"
+        written = sorted(path.name for path in folder.iterdir())
+        stems = [f"{i:02d}-a-red-circle-moves-left" for i in range(2)]
+        assert written == [f"{stem}{end}" for stem in stems for end in (".json", ".mp4")]
+        with imageio.get_reader(folder / f"{stems[0]}.mp4") as reader:
+            assert reader.count_frames() == 9
