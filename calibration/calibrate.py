@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sla_video.calibration.calibrated_routers import CalibratedRouters, save_all
 from sla_video.calibration.calibration_request import (
     CalibrationPlan,
     CalibrationRequest,
     plan_calibration,
-    settings_of,
 )
 from sla_video.config import SLAConfig
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
@@ -27,25 +23,12 @@ if TYPE_CHECKING:
     import torch
 
     from sla_video.calibration.capture_store import CaptureSource, SpillStore
-    from sla_video.calibration.fit import FitOptions, LayerFit, Quality
+    from sla_video.calibration.fit import LayerFit
+    from sla_video.calibration.fit_options import FitOptions
+    from sla_video.calibration.layer_data import LayerData, Quality
     from sla_video.pipelines.router_set import ModelIdentity
 
 _GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibratedRouters:
-    """The routers of one sparsity, on disk.
-
-    Attributes:
-        folder: for `enable_sla`.
-        config: their settings, with the sparsity of each layer.
-        layers: "transformer.blocks.0.attn1" -> what its fit gave.
-    """
-
-    folder: Path
-    config: SLAConfig
-    layers: Mapping[str, LayerFit]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +87,7 @@ def calibrate(
                 ) from error
             raise
         progress.stage("saving")
-        routers = _save(request, plan, model, configs, fits)
+        routers = save_all(request, plan, model.identities, configs, fits)
         if spill is not None:
             spill.remove()
         clock.lap("save")
@@ -154,7 +137,7 @@ def _load(request: CalibrationRequest, plan: CalibrationPlan, progress: Progress
 def _capture_source(
     request: CalibrationRequest, plan: CalibrationPlan, model: _Model, progress: Progress
 ) -> tuple[CaptureSource, SpillStore | None]:
-    from sla_video.calibration.capture import CapturePlan
+    from sla_video.calibration.capture import CapturePlan, plan_calls
     from sla_video.calibration.capture_store import CaptureSource, SpillStore
 
     captures = CapturePlan(
@@ -170,6 +153,7 @@ def _capture_source(
         dense_steps=plan.dense_steps,
         seed=request.seed,
     )
+    plan_calls(model.pipe, captures)  # refuses what cannot be captured before a folder is made
     spill = None
     if request.spill is not None:
         dtype = str(model.pipe.transformer.dtype)
@@ -199,7 +183,7 @@ def _configs(
     if plan.sparsities:
         return [model.base.replace(sparsity=sparsity) for sparsity in plan.sparsities]
     from sla_video.calibration.budget import GRID, choose_for_mean, choose_for_recall
-    from sla_video.calibration.fit import judge
+    from sla_video.calibration.layer_data import judge
 
     curves: dict[int, list[dict[float, Quality]]] = {}
     numbers = _layer_numbers(plan, model)
@@ -246,9 +230,9 @@ def _data(
     clock: _Clock,
     doing: str,
     steps: int,
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[str, LayerData]]:
     """Each layer with its sampled rows; the pipeline runs in between where it has to."""
-    from sla_video.calibration.fit import LayerData
+    from sla_video.calibration.layer_data import LayerData
 
     prompts = len({key.prompt for keys in source.calls.values() for key in keys})
     for number, (name, calls) in enumerate(source):
@@ -269,7 +253,7 @@ def _data(
 
 
 def _fit_options(request: CalibrationRequest, device: torch.device) -> FitOptions:
-    from sla_video.calibration.fit import FitOptions
+    from sla_video.calibration.fit_options import FitOptions
 
     options: dict[str, Any] = {"steps": request.steps, "trainable": request.trainable}
     given = {"learning_rate": request.learning_rate, "tau": request.tau}
@@ -314,66 +298,6 @@ def _fit_all(
                 raise InputError(f"{name}: {error}") from error
         clock.lap("fit")
     return fits
-
-
-def _save(
-    request: CalibrationRequest,
-    plan: CalibrationPlan,
-    model: _Model,
-    configs: Sequence[SLAConfig],
-    fits: Sequence[Mapping[str, LayerFit]],
-) -> tuple[CalibratedRouters, ...]:
-    """Write all folders beside their place first, and move them there when all are complete."""
-    from sla_video.pipelines.router_files import save_routers
-    from sla_video.pipelines.router_set import RouterSet
-
-    out = request.out.expanduser()
-    settings = settings_of(request, plan)
-    saved = []
-    staging = Path(tempfile.mkdtemp(prefix=".routers.", dir=out))
-    try:
-        for folder, config, layers in zip(plan.folders, configs, fits, strict=True):
-            routers = RouterSet.snapshot(
-                {name: fit.router.cpu() for name, fit in layers.items()},
-                config=config,
-                models=model.identities,
-                resolution=(plan.frames, plan.height, plan.width),
-                metrics=metrics_of(layers, settings),
-            )
-            save_routers(staging / folder.relative_to(out), routers)
-            saved.append(CalibratedRouters(folder=folder, config=config, layers=layers))
-        # Weights first: a description whose weights do not match is noticed.
-        for path in sorted(staging.rglob("routers.*"), reverse=True):
-            target = out / path.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    except OSError as error:
-        raise InputError(f"cannot write routers to {out}: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return tuple(saved)
-
-
-def metrics_of(layers: Mapping[str, LayerFit], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the JSON file of the routers: per layer, their means, and the settings."""
-    fields = ("error", "rel_l1", "rel_l2", "recall")
-    mean = {
-        when: {
-            field: sum(getattr(getattr(fit, when), field) for fit in layers.values()) / len(layers)
-            for field in fields
-        }
-        for when in ("before", "after")
-    }
-    each = {
-        name: {
-            "sparsity": fit.sparsity,
-            "chosen": fit.chosen,
-            "before": asdict(fit.before),
-            "after": asdict(fit.after),
-        }
-        for name, fit in layers.items()
-    }
-    return {"stage": "calibrate", "mean": mean, "layers": each, "settings": dict(settings)}
 
 
 class _Clock:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from sla_video.calibration.fit_options import Trainable
 from sla_video.config import AlphaKind, PhiKey, SLAConfig
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.generation_request import check_sparsity
 from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource, find_model
 
 DEFAULT_SPARSITIES = (0.95,)
-TRAINABLE = ("router+alpha", "router", "alpha")
 # Noise levels of a shorter schedule are those of a longer one, at a fraction of the time.
 _MOST_DENOISING_STEPS = 12
 _EMBEDDED_DENOISING_STEPS = 6
@@ -65,7 +65,7 @@ class CalibrationRequest:
     mean_sparsity: float | None = None
     target_recall: float | None = None
     steps: int = 300
-    trainable: str = "router+alpha"
+    trainable: Trainable = "router+alpha"
     learning_rate: float | None = None
     tau: float | None = None
     alpha: AlphaKind = "adaptive"
@@ -111,7 +111,7 @@ class CalibrationRequest:
             raise InputError(f"`mean_sparsity` must be in (0, 1), got {self.mean_sparsity}")
         if self.target_recall is not None and not 0 < self.target_recall < 1:
             raise InputError(f"`target_recall` must be in (0, 1), got {self.target_recall}")
-        _check_choice("trainable", self.trainable, TRAINABLE)
+        _check_choice("trainable", self.trainable, get_args(Trainable))
         _check_choice("alpha", self.alpha, get_args(AlphaKind))
         _check_choice("phi_k", self.phi_k, get_args(PhiKey))
         for name, low in (("steps", 0), ("capture_steps", 1), ("denoising_steps", 1)):

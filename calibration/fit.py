@@ -4,95 +4,26 @@ Minimises the squared error of SLA2 against full attention on captured Q, K, V. 
 selection is a SoftTop-k that hardens as its temperature falls and everything asked for is trained;
 then it is the hard top-k of inference and the mix weight alone settles on it. What is kept is
 decided by the hard top-k on calls that training never saw, and the training-free router is among
-the candidates: a fit never ships something worse. Letters: B batch, H heads, L tokens.
+the candidates: a fit never ships something worse.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sla_video.calibration.capture import Capture
-from sla_video.calibration.row_tables import RowTables, attend, build_tables
-from sla_video.config import SLAConfig
+from sla_video.calibration.fit_options import FitOptions
+from sla_video.calibration.layer_data import LayerData, Quality, judge, relative_error
+from sla_video.calibration.row_tables import attend
 from sla_video.kernels.options import num_selected
 from sla_video.kernels.router import AlphaKind, Router
-from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.errors import InputError
-
-Trainable = Literal["router+alpha", "router", "alpha"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How one layer is fitted.
-
-    Attributes:
-        steps: of the optimizer; 0 keeps the training-free router.
-        trainable: "alpha" leaves the router at its heuristic, "router" the mix weight at its
-            estimate.
-        learning_rate: of the router's projections; alpha_learning_rate: of the mix weight.
-        tau_start, tau: temperature of SoftTop-k at the start and at the end of the soft phase.
-        hard_share: share of the steps in the hard phase.
-        blocks: query blocks sampled from each call; rows: rows sampled from each of them.
-        held_out_rows: rows of each held-out block.
-        table_memory: bytes of tables that are kept; further ones are computed again at each use.
-
-    Raises:
-        InputError: a setting out of range.
-    """
-
-    steps: int = 300
-    trainable: Trainable = "router+alpha"
-    learning_rate: float = 3e-3
-    alpha_learning_rate: float = 3e-2
-    tau_start: float = 1.0
-    tau: float = 0.1
-    decay: float = 0.0
-    hard_share: float = 0.2
-    blocks: int = 16
-    rows: int = 16
-    held_out_rows: int = 32
-    table_memory: int = 3 * 2**30
-
-    def __post_init__(self) -> None:
-        if self.trainable not in get_args(Trainable):
-            choices = ", ".join(get_args(Trainable))
-            raise InputError(f"`trainable` must be one of {choices}, got {self.trainable!r}")
-        if self.steps < 0:
-            raise InputError(f"`steps` must be at least 0, got {self.steps}")
-        for name in ("blocks", "rows", "held_out_rows", "table_memory"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "alpha_learning_rate", "tau_start", "tau"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"`{name}` must be a positive number, got {value}")
-        if not 0 <= self.hard_share <= 1:
-            raise InputError(f"`hard_share` must be in [0, 1], got {self.hard_share}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Attention of one layer with hard selection against full attention, on held-out rows.
-
-    Attributes:
-        error: mean over calls and heads of the squared error over the squared norm. What is
-            minimised: every head counts, however small its values are.
-        rel_l1, rel_l2: of all heads together, mean over calls.
-        recall: mean softmax mass of the selected tokens, exact.
-    """
-
-    error: float
-    rel_l1: float
-    rel_l2: float
-    recall: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,86 +43,6 @@ class LayerFit:
     after: Quality
 
 
-class LayerData:
-    """The sampled rows of one layer: some to train on, others to judge by.
-
-    The last calls are held out, with all their query blocks; of the others, the query blocks that
-    are sampled for training.
-
-    Args:
-        calls: in the order of `CaptureSource.calls_of`.
-        held_out: how many of the last ones judge; 0 judges by other query blocks of the same calls.
-    """
-
-    def __init__(
-        self,
-        calls: Sequence[Capture],
-        *,
-        held_out: int,
-        config: SLAConfig,
-        options: FitOptions,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        if not calls or not 0 <= held_out < len(calls):
-            raise ValueError(f"`held_out` must be below the number of calls, {len(calls)}")
-        self._generator = torch.Generator().manual_seed(seed)
-        self._config, self._options, self._device = config, options, device
-        _, length, self.heads, self.head_dim = calls[0].query.shape
-        self.num_query_blocks = num_blocks(length, config.block_q)
-        self.num_key_blocks = num_blocks(length, config.block_k)
-        self._used = 0
-        judged = calls[len(calls) - held_out :] if held_out else calls
-        self._train, self._test = [], []
-        for call in calls[: len(calls) - held_out]:
-            drawn = self._draw()
-            self._train.append(self._tables(call, drawn, options.rows))
-            if not held_out:
-                others = sorted(set(range(self.num_query_blocks)) - set(drawn)) or drawn
-                self._test.append(self._tables(call, others, options.held_out_rows))
-        if held_out:
-            for call in judged:
-                self._test.append(self._tables(call, self._draw(), options.held_out_rows))
-
-    def batches(self) -> Iterator[RowTables]:
-        """Training tables, one call at a time, in a new random order each round, without end."""
-        while True:
-            for index in torch.randperm(len(self._train), generator=self._generator).tolist():
-                yield self._train[index]()
-
-    def held_out(self) -> Iterator[RowTables]:
-        """The tables to judge by."""
-        return (make() for make in self._test)
-
-    def _draw(self) -> list[int]:
-        count = min(self._options.blocks, self.num_query_blocks)
-        order = torch.randperm(self.num_query_blocks, generator=self._generator)
-        return sorted(order[:count].tolist())
-
-    def _tables(self, call: Capture, blocks: list[int], rows: int) -> Callable[[], RowTables]:
-        """Makes the tables now if there is room for them, else whenever they are asked for."""
-        seed = int(torch.randint(2**31, (), generator=self._generator))
-
-        def make() -> RowTables:
-            return build_tables(
-                call.query.to(self._device),
-                call.key.to(self._device),
-                call.value.to(self._device),
-                blocks,
-                rows=rows,
-                block_q=self._config.block_q,
-                block_k=self._config.block_k,
-                phi_k=self._config.phi_k,
-                generator=torch.Generator().manual_seed(seed),
-            )
-
-        if self._used >= self._options.table_memory:
-            return make
-        made = make()
-        self._used += made.nbytes
-        return lambda: made
-
-
 def new_router(data: LayerData, *, alpha: AlphaKind, per_head: bool, device: Any) -> Router:
     """The training-free router of a layer."""
     return Router(
@@ -201,39 +52,6 @@ def new_router(data: LayerData, *, alpha: AlphaKind, per_head: bool, device: Any
         alpha=alpha,
         num_query_blocks=data.num_query_blocks if alpha == "per_block" else None,
     ).to(device)
-
-
-@torch.no_grad()
-def judge(data: LayerData, router: Router | None, sparsity: float) -> Quality:
-    """SLA2 with hard selection on the held-out rows."""
-    count = num_selected(sparsity, data.num_key_blocks)
-    sums = torch.zeros(4, dtype=torch.float64)
-    calls = 0
-    for tables in data.held_out():
-        result = attend(tables, router, count, None)
-        weight = tables.row_weight[:, :, None]
-        error = (result.output - tables.target) * weight
-        target = tables.target * weight
-        rows = tables.row_weight.expand_as(result.recall)
-        sums += torch.stack(
-            [
-                relative_error(result.output, tables).mean(),
-                error.abs().sum() / target.abs().sum(),
-                error.norm() / target.norm(),
-                (result.recall * rows).sum() / rows.sum(),
-            ]
-        ).cpu()
-        calls += 1
-    error_, rel_l1, rel_l2, recall = (sums / calls).tolist()
-    return Quality(error=error_, rel_l1=rel_l1, rel_l2=rel_l2, recall=recall)
-
-
-def relative_error(output: Tensor, tables: RowTables) -> Tensor:
-    """`[B, H]`: squared error of the rows over their squared norm."""
-    weight = tables.row_weight[:, :, None]
-    error = ((output - tables.target).square() * weight).sum((2, 3, 4))
-    norm = (tables.target.square() * weight).sum((2, 3, 4))
-    return error / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 def fit_layer(
@@ -328,8 +146,8 @@ def _train(
         loss = relative_error(attend(tables, router, count, tau).output, tables).mean()
         if soft and options.decay:
             eye = torch.eye(router.head_dim, device=router.query_proj.device)
-            away = sum((p - eye).square().mean() for p in projections)
-            loss = loss + options.decay * router.head_dim * away
+            distance = torch.stack([(p - eye).square().mean() for p in projections]).sum()
+            loss = loss + options.decay * router.head_dim * distance
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0, error_if_nonfinite=False)

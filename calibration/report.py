@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sla_video.calibration.calibrate import CalibratedRouters, metrics_of
+from sla_video.calibration.calibrated_routers import CalibratedRouters, metrics_of
 
 if TYPE_CHECKING:
     from rich.table import Table

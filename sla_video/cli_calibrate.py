@@ -54,11 +54,11 @@ def calibrate(
         ),
     ] = "router+alpha",
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of the router.  [default: chosen by measurement]")
+        float | None, typer.Option(help="Of the router.  [default: 0.003]")
     ] = None,
     tau: Annotated[
         float | None,
-        typer.Option(help="Temperature of the soft top-k at the end.  [default: 0.1]"),
+        typer.Option(help="Temperature of the soft top-k at the end.  [default: 0.03]"),
     ] = None,
     alpha: Annotated[
         str, typer.Option(help="adaptive, or per_block: the paper's table, for one resolution.")
@@ -154,7 +154,7 @@ def calibrate(
 
     if prompt and prompts is not None:
         raise InputError("give prompts as arguments or with --prompts, not both")
-    choices: dict[str, Any] = {"alpha": alpha, "phi_k": phi_k}
+    choices: dict[str, Any] = {"alpha": alpha, "phi_k": phi_k, "trainable": trainable}
     request = CalibrationRequest(
         prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
         model=model,
@@ -163,7 +163,6 @@ def calibrate(
         target_recall=target_recall,
         out=out,
         steps=steps,
-        trainable=trainable,
         learning_rate=learning_rate,
         tau=tau,
         router_per_head=router_per_head,

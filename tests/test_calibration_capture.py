@@ -138,6 +138,20 @@ def test_a_small_memory_runs_the_pipeline_for_each_group(captured, tiny_pipeline
         assert same(captures, captured[1][name])
 
 
+@pytest.mark.parametrize("sequential", [False, True], ids=["by-model", "by-layer"])
+def test_hooks_of_offloading_are_honoured(captured, sequential):
+    from accelerate import cpu_offload, cpu_offload_with_hook
+
+    pipe = build_tiny_pipeline()
+    if sequential:
+        cpu_offload(pipe.transformer, execution_device="cpu")
+        assert pipe.transformer.blocks[0].attn1.to_q.weight.is_meta
+    else:
+        cpu_offload_with_hook(pipe.transformer, execution_device="cpu")
+    for name, captures in source_of(pipe):
+        assert same(captures, captured[1][name])
+
+
 def test_a_memory_too_small_for_one_layer_is_refused(tiny_pipeline):
     with pytest.raises(InputError, match=r"4 captured calls of one layer take .* --spill FOLDER"):
         source_of(tiny_pipeline, memory=3 * CALL_BYTES)

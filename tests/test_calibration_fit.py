@@ -7,7 +7,9 @@ import torch
 from operator_inputs import dense_attention, random_qkv, random_router
 
 from sla_video.calibration.capture import Capture
-from sla_video.calibration.fit import FitOptions, LayerData, fit_layer, judge
+from sla_video.calibration.fit import fit_layer
+from sla_video.calibration.fit_options import FitOptions
+from sla_video.calibration.layer_data import LayerData, judge
 from sla_video.calibration.row_tables import attend, build_tables
 from sla_video.config import SLAConfig
 from sla_video.kernels.api import exact_recall, sla2_attention
@@ -74,6 +76,21 @@ def test_tables_give_what_the_reference_gives(variant, length, tau):
                 (result.recall[:, :, i, :count], recall[:, :, rows]),
             ):
                 torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_tables_of_16_bits_stay_close():
+    call = random_qkv(128)
+    low = [x.to(torch.bfloat16) for x in call]
+    exact = [x.double() for x in low]
+    count = num_selected(0.7, 16)
+    result = attend(tables_of(low, range(8)), None, count, None)
+    # Where two scores tie within rounding the selections may differ: compare at the same one.
+    expected = attend(tables_of(exact, range(8)), None, count, None)
+    agree = (result.recall - expected.recall).abs().amax(-1) < 1e-3
+    assert agree.float().mean() > 0.8
+    error = (result.output - expected.output)[agree].norm() / expected.output[agree].norm()
+    # Half a unit in the last place is 2^-9; what is summed here has averaged some of it out.
+    assert 1e-5 < error < 2**-8
 
 
 def test_sampled_rows_are_rows_of_their_blocks():
@@ -196,6 +213,17 @@ def test_tables_that_do_not_fit_are_made_anew_and_change_nothing(misled):
     made = [next(iter(x.batches())) for x in (data, kept)]
     assert torch.equal(made[0].block_output, made[1].block_output)
     assert fit_layer(data, 0.8, options).before == judge(misled, None, 0.8)
+
+
+def test_a_large_call_samples_fewer_rows(misled):
+    # One row of each of 6 blocks: 2 heads x 16 numbers from each of 40 key blocks.
+    row = 6 * 40 * 2 * 16 * 4
+    for memory, rows in ((3 * row, 3), (1, 1)):
+        options = FitOptions(**SHORT, call_memory=memory)
+        call = misleading_call(0)
+        data = LayerData([call], held_out=0, config=CONFIG, options=options, device=CPU, seed=0)
+        table = next(iter(data.batches())).block_output
+        assert table.shape == (1, 2, 6, rows, 40, 16) and table.nbytes == rows * row
 
 
 def test_a_single_prompt_is_judged_by_other_blocks():

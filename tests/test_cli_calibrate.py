@@ -71,6 +71,13 @@ def test_the_routers_are_for_enable_sla(
     assert frames.isfinite().all() and handle.stats().sparsity > 0.3
 
 
+def test_sixteen_bits(tiny_pipeline_dir: Path, here: Path) -> None:
+    assert calibrate(tiny_pipeline_dir, "--sparsity", "0.6", "--dtype", "bf16").code == 0
+    routers = load_routers(here / "routers")
+    assert {p.dtype for r in routers.routers.values() for p in r.parameters()} == {torch.float32}
+    assert 0 < routers.metrics["mean"]["after"]["rel_l1"] < 1
+
+
 def test_a_mean_sparsity_is_met(tiny_pipeline_dir: Path, here: Path) -> None:
     outcome = calibrate(tiny_pipeline_dir, "--mean-sparsity", "0.7", "--out", "mean")
     assert outcome.code == 0, outcome.err
@@ -151,7 +158,10 @@ def test_no_prompts(tiny_pipeline_dir: Path, here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--capture-steps", "9"], ["`capture_steps` is 9", "3 of the 3 denoising steps"]),
+        (
+            ["--capture-steps", "9", "--spill", "new"],
+            ["`capture_steps` is 9", "3 of the 3 denoising steps"],
+        ),
         (["--memory", "0.00001"], ["captured calls of one layer", "--spill"]),
         (["--mean-sparsity", "0.995"], ["`mean_sparsity` must be from 0.5 to 0.99"]),
         (["--target-recall", "0.999"], ["`target_recall` is 0.999", "ask for less"]),
