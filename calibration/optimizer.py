@@ -13,8 +13,8 @@ from sla_video.calibration.student import Student
 def make_optimizer(student: Student, config: FinetuneConfig, *, fused: bool) -> Any:
     """AdamW over what is trained, in the order of `student.trainable()`.
 
-    Each group has a "rate", its peak learning rate: one for LoRA or weights, another for routers and
-    alpha, which have no weight decay.
+    Each group has a "rate", its peak learning rate: one for LoRA or weights, another for routers
+    and alpha, which have no weight decay.
 
     Args:
         fused: one kernel for all, which leaves out a step that is not finite by itself.
