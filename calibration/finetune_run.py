@@ -17,6 +17,7 @@ from sla_video.calibration.finetune_config import FinetuneConfig
 from sla_video.calibration.finetune_data import open_clips
 from sla_video.calibration.launch import is_sharded, make_accelerator
 from sla_video.calibration.model_parts import count_tokens, load_transformer, noise_shift
+from sla_video.calibration.optimizer import make_optimizer
 from sla_video.calibration.pace import Pace
 from sla_video.calibration.results import save_results
 from sla_video.calibration.student import Student, compile_blocks
@@ -241,23 +242,7 @@ class _Run:
         can = on_gpu and not config.soft_selection and not is_sharded(self.accelerator)
         if can if config.compile is None else config.compile:
             compile_blocks(student)
-        trainable = student.trainable()
-        own = [p for name, p in trainable.items() if name.startswith("transformer.")]
-        routers = [p for name, p in trainable.items() if name.startswith("routers.")]
-        groups = [
-            {"params": own, "rate": config.rate, "weight_decay": config.weight_decay},
-            {"params": routers, "rate": config.router_rate, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        kind: Any = torch.optim.AdamW
-        settings: dict[str, Any] = {"lr": config.rate, "betas": (0.9, 0.99)}
-        if config.optimizer == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            kind = AdamW8bit
-        else:
-            settings["fused"] = not is_sharded(self.accelerator)
-        optimizer = kind(groups, **settings)
+        optimizer = make_optimizer(student, config, fused=not is_sharded(self.accelerator))
         wrapped, optimizer = self.accelerator.prepare(student, optimizer)
         return wrapped, optimizer
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
@@ -28,7 +30,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     available = available_implementations().get(config.impl, "available")
     if available != "available":
         raise InputError(f"impl={config.impl!r} cannot run here: {available}")
-    if config.soft_selection and config.impl not in ("auto", "reference"):
+    if config.soft_selection and config.impl == "torch":
         raise InputError(
             f"trainable {config.trainable!r} selects softly, which impl={config.impl!r} does not: "
             "leave --impl out"
@@ -53,6 +55,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
             raise InputError(
                 "FSDP version 1 is not supported: set fsdp_version to 2 in Accelerate's config"
             )
+        _keep_inputs(accelerator)
         if config.validation_videos:
             raise InputError("validation videos need the whole network: they do not go with FSDP")
     return accelerator
@@ -61,3 +64,13 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether FSDP spreads the network over the processes."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def _keep_inputs(accelerator: Accelerator) -> None:
+    """Let FSDP round weights only: not noise levels, rotary tables and losses."""
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, cast_forward_inputs=False, output_dtype=None
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from torch import nn
 from sla_video.calibration.student import Student
 from sla_video.calibration.training_checkpoint import whole
 from sla_video.pipelines.errors import InputError, one_line
-from sla_video.pipelines.lora import ADAPTER_NAME
+from sla_video.pipelines.lora import ADAPTER_NAME, LoraAdapter
 from sla_video.pipelines.router_files import save_routers
-from sla_video.pipelines.router_set import RouterSet
+from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 
 
 def save_results(
@@ -34,10 +33,9 @@ def save_results(
     Raises:
         InputError: the files cannot be written.
     """
-    wanted = {**student.trainable(), **dict(student.routers.named_parameters(prefix="routers"))}
-    weights = {name: whole(p.detach()).to("cpu", copy=True) for name, p in wanted.items()}
+    weights = gather_results(student)
     if accelerator.is_main_process:
-        routers = _router_set(student, weights)
+        routers = trained_routers(student, weights)
         save_routers(out / "routers", routers, resolution=resolution, metrics=metrics)
         if student.config.trainable == "full":
             try:
@@ -49,8 +47,18 @@ def save_results(
     accelerator.wait_for_everyone()
 
 
-def _router_set(student: Student, weights: Mapping[str, torch.Tensor]) -> RouterSet:
-    """The routers and LoRA of the student with `weights`, in which nothing is sharded."""
+def gather_results(student: Student) -> dict[str, torch.Tensor]:
+    """Routers, LoRA and all that was trained, by name, on the CPU and in no shards; collective."""
+    inner = f".{ADAPTER_NAME}."
+    return {
+        name: whole(p.detach()).to("cpu", copy=True)
+        for name, p in student.named_parameters()
+        if p.requires_grad or name.startswith("routers.") or inner in name
+    }
+
+
+def trained_routers(student: Student, weights: Mapping[str, torch.Tensor]) -> RouterSet:
+    """The routers and LoRA of the student with the `weights` that `gather_results` gave."""
     handle = student.handle
     routers = {}
     for name, router in handle.routers.items():
@@ -64,20 +72,25 @@ def _router_set(student: Student, weights: Mapping[str, torch.Tensor]) -> Router
         prefix = f"routers.{name.replace('.', '/')}."
         fresh.load_state_dict({key: weights[prefix + key] for key in fresh.state_dict()})
         routers[name] = fresh
-    found = handle.router_set()
-    inner = f".{ADAPTER_NAME}."
-    plain = {
-        name.removeprefix("transformer.").replace(inner, "."): tensor
-        for name, tensor in weights.items()
-    }
-    lora = {
-        component: dataclasses.replace(
-            adapter, tensors={k: plain.get(k, v) for k, v in adapter.tensors.items()}
+    lora = {}
+    adapter = getattr(student.transformer, "peft_config", {}).get(ADAPTER_NAME)
+    if adapter is not None:
+        inner = f".{ADAPTER_NAME}."
+        lora["transformer"] = LoraAdapter(
+            rank=adapter.r,
+            alpha=adapter.lora_alpha,
+            targets=tuple(sorted(adapter.target_modules)),
+            tensors={
+                name.removeprefix("transformer.").replace(inner, "."): tensor
+                for name, tensor in weights.items()
+                if inner in name
+            },
         )
-        for component, adapter in found.lora.items()
-    }
-    return RouterSet.snapshot(
-        routers, config=handle.config.replace(impl="auto"), models=found.models, lora=lora
+    return RouterSet(
+        routers=routers,
+        config=handle.config.replace(impl="auto"),
+        models={"transformer": ModelIdentity.of(student.transformer)},
+        lora=lora,
     )
 
 

@@ -1,7 +1,8 @@
 """SLA2 with SoftTop-k selection in bounded memory: how a router gets gradients.
 
-The formulas are the reference's own. It forms all scores and keeps them for the backward pass;
-here each query block is computed anew there, so that only one block's scores are alive.
+Where the kernels run they do it. Elsewhere the formulas are the reference's own; it keeps all
+scores for the backward pass, and here each query block is computed anew there instead, so that only
+one block's scores are alive.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sla_video.kernels.reference import (
     soft_selection,
     sparse_branch,
 )
+from sla_video.kernels.triton_support import LARGEST_HEAD_DIM, why_unavailable
 from sla_video.pipelines.processor import SLAAttnProcessor
 
 
@@ -34,6 +36,12 @@ class SoftAttention:
     def __call__(
         self, processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
+        impl = processor.operator_options["impl"]
+        fits = query.shape[-1] <= LARGEST_HEAD_DIM
+        if impl == "triton" or (
+            impl == "auto" and query.is_cuda and fits and not why_unavailable()
+        ):
+            return processor.sla2(query, key, value, selection="soft_top_k", tau=self.tau)
         with torch.autocast(query.device.type, enabled=False):
             return self._attend(processor, query, key, value)
 
@@ -41,7 +49,7 @@ class SoftAttention:
         self, processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         assert processor.sparsity is not None
-        options, router = processor.options, processor.router
+        options, router = processor.operator_options, processor.router
         block_q, block_k = options["block_q"], options["block_k"]
         # [B, H, L, D]
         q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))

@@ -198,25 +198,14 @@ class SLAAttnProcessor(nn.Module):
             return project_out(attn, self.attention(self, query, key, value))
         return project_out(attn, self._operator(query, key, value))
 
-    def sla2(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """SLA2 of `[B, L, H, D]` with the router and the settings of this layer, unrecorded."""
-        assert self.sparsity is not None
+    def sla2(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
+    ) -> torch.Tensor:
+        """SLA2 of `[B, L, H, D]` as this layer has it, unrecorded; `changes` of its options."""
         output: torch.Tensor = sla2_attention(
-            query,
-            key,
-            value,
-            self.router,
-            sparsity=self.sparsity,
-            impl=self._impl,
-            return_lse=False,
-            **self._options,
+            query, key, value, self.router, **{**self.operator_options, **changes}
         )
         return output
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The settings of `sla2_attention`, sparsity and implementation apart; a copy."""
-        return dict(self._options)
 
     def _operator(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

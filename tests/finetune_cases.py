@@ -23,9 +23,9 @@ SMALL_SIZE = {"frames": 9, "height": 64, "width": 64}
 
 def make_student(**settings: Any) -> Student:
     """A student with a random tiny transformer of 192 tokens: 2 x 3 blocks."""
-    settings = {"sparsity": (0.34,), "max_steps": 1, "impl": "torch", **settings}
-    if str(settings.get("trainable", "")).startswith("router"):
-        settings["impl"] = "auto"
+    soft = str(settings.get("trainable")).startswith("router")
+    impl = "auto" if soft else "torch"
+    settings = {"sparsity": (0.34,), "max_steps": 1, "impl": impl, **settings}
     config = FinetuneConfig(**settings)
     torch.manual_seed(0)
     return Student(build_tiny_transformer(), config, torch.device("cpu"))

@@ -62,6 +62,9 @@ def settings(tiny_pipeline_dir: Path, videos: Path, tmp_path: Path) -> dict[str,
         (["--max-steps", "1", "--resume"], "nothing to resume"),
         (["--max-steps", "1", "--impl", "torch", "--trainable", "router"], "selects softly"),
         (["--max-steps", "1", "--optimizer", "adamw8bit"], "pip install bitsandbytes"),
+        (["--max-steps", "1", "--tracker", "comet_ml"], "'comet_ml' is not installed"),
+        (["--max-steps", "1", "--tracker", "paper"], "cannot set up Accelerate"),
+        (["--max-steps", "1", "--frames", "9"], "clips of the world are square and have 25"),
     ],
 )
 def test_bad_settings_are_one_line(

@@ -63,9 +63,11 @@ def test_the_teacher_is_the_model_as_it_was() -> None:
         torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("low_bit", ["bf16", "int8"])
-def test_soft_attention_is_the_reference_with_less_memory(low_bit: str) -> None:
-    student = make_student(trainable="router+alpha", sparse_dtype=low_bit)
+@pytest.mark.parametrize(
+    ("low_bit", "impl"), [("bf16", "auto"), ("int8", "auto"), ("bf16", "triton")]
+)
+def test_soft_attention_is_the_reference_with_less_memory(low_bit: str, impl: str) -> None:
+    student = make_student(trainable="router+alpha", sparse_dtype=low_bit, impl=impl)
     processor = next(iter(student.processors.values()))
     assert isinstance(processor.attention, SoftAttention)
     router = processor.router
@@ -75,7 +77,8 @@ def test_soft_attention_is_the_reference_with_less_memory(low_bit: str) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape))
     twin = copy.deepcopy(router)
     # 150 tokens: the last blocks of queries and of keys are shorter.
-    query, key, value = (torch.randn(2, 150, 2, 16) for _ in range(3))
+    batch = 1 if impl == "triton" else 2
+    query, key, value = (torch.randn(batch, 150, 2, 16) for _ in range(3))
     out = processor.attention(processor, query, key, value)
     expected = sla2_attention(
         query,
@@ -87,13 +90,15 @@ def test_soft_attention_is_the_reference_with_less_memory(low_bit: str) -> None:
         sparse_dtype=low_bit,  # type: ignore[arg-type]
         impl="reference",
     )
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    # The kernels multiply in TF32 or less.
+    loose = {"rtol": 2e-2, "atol": 2e-3} if impl == "triton" else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(out, expected, **loose)
     weight = torch.randn_like(out)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
     for (name, a), b in zip(router.named_parameters(), twin.parameters(), strict=True):
         assert a.grad is not None and a.grad.any(), name
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+        assert (a.grad - b.grad).norm() < (2e-2 if impl == "triton" else 1e-4) * b.grad.norm()
 
 
 def test_validation_runs_what_inference_runs() -> None:
