@@ -12,26 +12,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from sla_attention import install_sla, load_projections, save_projections
-from sla_video.calibration import student as student_module
-from sla_video.calibration.calibrate import calibrate
-from sla_video.calibration.calibration_request import CalibrationRequest
-from sla_video.calibration.finetune import finetune
-from sla_video.calibration.finetune_config import FinetuneConfig
-from sla_video.pipelines.handle import SLAHandle
-from sla_video.pipelines.patching import enable_sla
-from sla_video.pipelines.router_files import load_routers, save_routers
-from sla_video.pipelines.tiny_wan import adherence, evaluate, fidelity
-from sla_video.pipelines.tiny_wan.models import GUIDANCE_SCALE, STEPS, TEXT_POSITIONS
+from sla_video.pipelines.tiny_wan import evaluate
 
 SPARSITIES = (0.97, 0.95, 0.9, 0.8)
 COLUMNS = {
