@@ -1,35 +1,58 @@
-"""The quality table of tiny-wan: attention against attention at equal sparsity, trained alike.
+"""The quality table of tiny-wan: ways to attend at equal sparsity, trained alike.
 
     python benchmarks/quality_table.py --out runs/quality --steps 400
     python benchmarks/quality_table.py --out runs/quality --table
 
-A row is a way to choose blocks, mix and train. Each is calibrated and fine-tuned with the same number
-of steps, and judged on the held-out prompts. Everything that is finished lies in --out and is
-not done again, so that a run may be stopped at any time. Several GPUs share the rows: `--shard 0/2`.
+Each row of `ROWS` chooses blocks, mixes and trains in its own way. All are calibrated, fine-tuned
+with the same number of steps, and judged on held-out prompts. What is finished lies in --out and is
+not done again, so that a run may be stopped at any time. Several GPUs share the rows:
+`CUDA_VISIBLE_DEVICES=0 … --shard 0/2`, `CUDA_VISIBLE_DEVICES=1 … --shard 1/2`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sla_video.pipelines.tiny_wan import evaluate
+import torch
+from sla_attention import install_sla, load_projections, save_projections
 
-SPARSITIES = (0.97, 0.95, 0.9, 0.8)
+from sla_video.calibration import student as student_module
+from sla_video.calibration.calibrate import calibrate
+from sla_video.calibration.calibration_request import CalibrationRequest, world_prompts
+from sla_video.calibration.finetune import finetune
+from sla_video.calibration.finetune_config import FinetuneConfig
+from sla_video.pipelines.handle import SLAHandle
+from sla_video.pipelines.patching import enable_sla
+from sla_video.pipelines.router_files import load_routers, save_routers
+from sla_video.pipelines.tiny_wan import adherence, evaluate, fidelity
+from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
+from sla_video.pipelines.tiny_wan.models import GUIDANCE_SCALE, STEPS, TEXT_POSITIONS
+from sla_video.pipelines.tiny_wan.render import FRAME_SIZE
+
+# Of a report -> heading and factor.
 COLUMNS = {
-    "attention_rel_l1": "rel-L1",
-    "recall": "recall",
-    "velocity_error": "velocity error",
-    "psnr_to_first": "PSNR",
-    "ssim_to_first": "SSIM",
-    "colour": "colour",
-    "shape": "shape",
-    "direction": "direction",
-    "all": "all",
-    "seconds_per_video": "s/video",
+    "attention_rel_l1": ("rel-L1", 1),
+    "recall": ("recall", 1),
+    "velocity_error": ("velocity", 1),
+    "psnr": ("PSNR", 1),
+    "ssim": ("SSIM", 1),
+    "colour": ("colour", 1),
+    "shape": ("shape", 1),
+    "direction": ("direction", 1),
+    "all": ("all", 1),
+    "seconds_per_video": ("ms", 1000),
 }
+_SPARSE_ONLY = 40.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +60,12 @@ class Row:
     """One way to attend.
 
     Attributes:
-        calibration: settings of stage 1; None for the training-free routers.
-        training: settings of stage 2; None for none.
-        mix: a fixed mix weight of the sparse branch, in logits; None for the routers' own.
-        sla: SLA instead of SLA2: a projection of the linear branch over all keys is added.
-        judged_in: number format of the sparse branch when judged.
-        like: train nothing, take the result of that row.
+        calibration: changes to stage 1; None for training-free routers.
+        training: changes to stage 2; None for no training.
+        mix: a fixed mix weight, as its logit; None for the routers' own.
+        sla: a projection of the linear branch over all keys is added, as in SLA.
+        judged_in: number format of the sparse branch.
+        like: the row whose trained routers are judged here.
     """
 
     calibration: dict[str, Any] | None = None
@@ -53,47 +76,280 @@ class Row:
     like: str | None = None
 
 
-_SPARSE_ONLY = 40.0  # logits: no weight is left for the linear branch
+def _ssa(sides: str) -> Row:
+    return Row(calibration={}, training={"loss": "ssa", "alignment": sides})
+
+
+# Of stage 2, where a row says nothing else.
+TRAINING: dict[str, Any] = {
+    "trainable": "lora",
+    "loss": "distill",
+    "levels": "uniform",
+    "guidance": GUIDANCE_SCALE,
+    "lora_rank": 64,
+    "learning_rate": 1e-3,
+    "ema": 0.99,
+}
+DISTILLED = "SLA2 stage 2"
 ROWS = {
     "sparse only": Row(mix=_SPARSE_ONLY),
-    "sparse only, stage 2": Row(mix=_SPARSE_ONLY, training={"train_alpha": False}),
-    "SLA, stage 2": Row(sla=True, mix=_SPARSE_ONLY, training={}),
     "SLA2 training-free": Row(),
     "SLA2 stage 1": Row(calibration={}),
-    "SLA2 stage 2, distill": Row(calibration={}, training={}),
-    "SLA2 stage 2, flow": Row(calibration={}, training={"loss": "flow"}),
-    "SLA2 stage 2, ssa": Row(calibration={}, training={"loss": "ssa"}),
-    "SLA2 stage 2, ssa, full side": Row(
-        calibration={}, training={"loss": "ssa", "alignment": "full"}
-    ),
-    "SLA2 stage 2, ssa, sparse side": Row(
-        calibration={}, training={"loss": "ssa", "alignment": "sparse"}
-    ),
-    "heuristic router, stage 2": Row(calibration={"trainable": "alpha"}, training={}),
-    "alpha 1/2, stage 2": Row(calibration={}, mix=0.0, training={"train_alpha": False}),
-    "alpha per block, stage 2": Row(calibration={"alpha": "per_block"}, training={}),
-    "raw keys in phi, stage 2": Row(calibration={"phi_k": "raw"}, training={}),
-    "router per head, stage 2": Row(calibration={"router_per_head": True}, training={}),
-    "INT8 after training": Row(like="SLA2 stage 2, distill", judged_in="int8"),
-    "INT8+FP8 after training": Row(like="SLA2 stage 2, distill", judged_in="int8_fp8"),
+    DISTILLED: Row(calibration={}, training={}),
+    "sparse only, stage 2": Row(mix=_SPARSE_ONLY, training={"train_alpha": False}),
+    "SLA, stage 2": Row(sla=True, mix=_SPARSE_ONLY, training={}),
+    "SLA2 stage 2, heuristic router": Row(calibration={"trainable": "alpha"}, training={}),
+    "SLA2 stage 2, alpha 1/2": Row(calibration={}, mix=0.0, training={"train_alpha": False}),
+    "SLA2 stage 2, diffusion loss": Row(calibration={}, training={"loss": "flow", "guidance": 0.0}),
+    "SLA2 stage 2, SSA": _ssa("both"),
+    "SLA2 stage 2, SSA of the full side": _ssa("full"),
+    "SLA2 stage 2, SSA of the sparse side": _ssa("sparse"),
+    "SLA2 stage 2, alpha per block": Row(calibration={"alpha": "per_block"}, training={}),
+    "SLA2 stage 2, raw keys in phi": Row(calibration={"phi_k": "raw"}, training={}),
+    "SLA2 stage 2, router per head": Row(calibration={"router_per_head": True}, training={}),
+    "INT8 after training": Row(like=DISTILLED, judged_in="int8"),
+    "INT8 and FP8 after training": Row(like=DISTILLED, judged_in="int8_fp8"),
     "INT8 in training": Row(calibration={}, training={"sparse_dtype": "int8"}, judged_in="int8"),
-    "INT8+FP8 in training": Row(
+    "INT8 and FP8 in training": Row(
         calibration={}, training={"sparse_dtype": "int8_fp8"}, judged_in="int8_fp8"
     ),
 }
 
 
-def folder_of(name: str, sparsity: float, args: argparse.Namespace) -> Path:
-    """Where everything of a row lies."""
-    plain = "".join(c if c.isalnum() else "-" for c in name)
-    return Path(args.out) / f"{plain}@{sparsity:g}-seed{args.seed}"
+class Table:
+    """Makes the rows that `args` asks for."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._judge: _Judge | None = None
+
+    def run(self) -> None:
+        """Train and judge what is not finished; dense attention first."""
+        args = self.args
+        # A row that is judged again in another format follows the one that trains it.
+        groups: dict[str, list[str]] = {}
+        for name in args.rows or ROWS:
+            groups.setdefault(ROWS[name].like or name, []).append(name)
+        work = [(s, names) for s in args.sparsity for names in groups.values()]
+        index, count = (int(x) for x in args.shard.split("/"))
+        for sparsity, names in work[index::count]:
+            for name in names:
+                folder = self.folder(name, sparsity)
+                if (folder / "report.json").is_file():
+                    continue
+                started = time.monotonic()
+                self.make(ROWS[name], sparsity, self.folder(ROWS[name].like or name, sparsity))
+                trained = time.monotonic()
+                report = self.judge(ROWS[name], sparsity, name)
+                report |= {"row": name, "sparsity": sparsity, "seed": args.seed}
+                report |= {"steps": args.steps, "seconds_to_train": trained - started}
+                write(folder / "report.json", report)
+                print(f"{trained - started:5.0f} s, {line(report)}", flush=True)
+
+    def folder(self, name: str, sparsity: float) -> Path:
+        """Where everything of a row lies."""
+        plain = "".join(c if c.isalnum() else "-" for c in name)
+        return Path(self.args.out) / f"{plain}@{sparsity:g}-seed{self.args.seed}"
+
+    def make(self, row: Row, sparsity: float, folder: Path) -> None:
+        """The routers of a row, unless they are there."""
+        if row.like is not None:
+            row = ROWS[row.like]
+        if not (folder / "start" / "routers.json").is_file():
+            self._start(row, sparsity, folder / "start")
+        if row.training is None or (folder / "run" / "routers" / "routers.json").is_file():
+            return
+        args = self.args
+        settings = {**TRAINING, **row.training}
+        # What a run that was stopped has left.
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        torch._dynamo.reset()
+        with _as_sla(row.sla) as handles:
+            finetune(
+                FinetuneConfig(
+                    out=folder / "run",
+                    model=args.model,
+                    routers=str(folder / "start"),
+                    sparsity=(sparsity,),
+                    max_steps=args.steps,
+                    batch_size=args.batch_size,
+                    world_clips=args.world_clips,
+                    encode_batch=16,
+                    height=args.size,
+                    width=args.size,
+                    warmup_steps=min(50, args.steps // 4),
+                    save_every=10**6,
+                    log_every=200,
+                    seed=args.seed,
+                    **settings,
+                )
+            )
+        if row.sla:
+            save_projections(handles[0], folder / "projections.safetensors")
+
+    def _start(self, row: Row, sparsity: float, out: Path) -> None:
+        """Routers before stage 2."""
+        args = self.args
+        if row.calibration is None:
+            pipe = evaluate.load_pipeline(args.model, None, "ema")
+            with enable_sla(pipe.transformer, sparsity=sparsity) as handle:
+                save_routers(out, handle)
+        else:
+            calibrate(
+                CalibrationRequest(
+                    out=out,
+                    prompts=world_prompts(args.calibration_prompts, args.seed),
+                    model=args.model,
+                    sparsities=(sparsity,),
+                    steps=args.calibration_steps,
+                    height=args.size,
+                    width=args.size,
+                    seed=args.seed,
+                    overwrite=True,
+                    **row.calibration,
+                )
+            )
+        if row.mix is not None:
+            routers = load_routers(out)
+            with torch.no_grad():
+                for router in routers.routers.values():
+                    router.alpha_scale.zero_()
+                    router.alpha_bias.fill_(row.mix)
+            save_routers(out, routers)
+
+    def judge(self, row: Row, sparsity: float, name: str) -> dict[str, Any]:
+        """What the held-out prompts say of a row."""
+        if self._judge is None:
+            self._judge = _Judge(self.args, self.device)
+            write(Path(self.args.out) / "dense.json", {"row": "dense", **self._judge.dense})
+            print(f"        {line({'row': 'dense', **self._judge.dense})}", flush=True)
+        folder = self.folder(row.like or name, sparsity)
+        trained = ROWS[row.like].training if row.like else row.training
+        routers = folder / "start" if trained is None else folder / "run" / "routers"
+        handle = enable_sla(
+            self._judge.pipe,
+            routers,
+            sparsity=sparsity,
+            dense_steps=0,
+            sparse_dtype=row.judged_in,  # type: ignore[arg-type]
+        )
+        with handle:
+            if row.sla:
+                install_sla(handle, load_projections(folder / "projections.safetensors"))
+            return self._judge.measure(handle)
 
 
-def stage_1(row: Row, sparsity: float, folder: Path, args: argparse.Namespace) -> Path:
-    """Routers of a row before stage 2."""
-    settings = row.calibration
-    if settings is None:
-        routers = folder / "start"
-        with evaluate.load_pipeline(args.model, None, "ema") as pipe:
-            pass
-    raise NotImplementedError
+class _Judge:
+    """The pipeline, its dense videos and the probe; all of it is made once."""
+
+    def __init__(self, args: argparse.Namespace, device: str) -> None:
+        self.pipe = evaluate.load_pipeline(args.model, None, "ema").to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        if args.size != FRAME_SIZE:
+            spread_rotary_positions(self.pipe.transformer, args.size // 8, FRAME_SIZE // 8)
+        self.device = torch.device(device)
+        self.settings = argparse.Namespace(
+            size=args.size,
+            steps=STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            text_positions=TEXT_POSITIONS[0],
+            batch_size=40,
+        )
+        self.scenes, self.prompts = evaluate.held_out_prompts(args.prompts)
+        self.probe = fidelity.make_probe(self.pipe, size=args.size)
+        self.videos, self.dense = self._generate()
+
+    def _generate(self) -> tuple[Any, dict[str, Any]]:
+        numbers = list(range(len(self.prompts)))
+        videos, seconds = evaluate.generate_all(self.pipe, self.prompts, numbers, self.settings)
+        found = adherence.summary(adherence.measure_many(videos, self.scenes))
+        report: dict[str, Any] = {k: v for k, v in found.items() if not math.isnan(v)}
+        return videos, {**report, "seconds_per_video": seconds / len(numbers)}
+
+    def measure(self, handle: SLAHandle) -> dict[str, Any]:
+        """Adherence, distance to the dense videos and fidelity with whatever is enabled."""
+        videos, report = self._generate()
+        paired = evaluate.paired_distance(videos, self.videos, self.device)
+        report |= {name: sum(values) / len(values) for name, values in paired.items()}
+        return report | fidelity.measure_fidelity(self.pipe, handle, self.probe)
+
+
+@contextmanager
+def _as_sla(wanted: bool) -> Iterator[list[SLAHandle]]:
+    """Within the block a training that begins is one of SLA; its handle is in the list."""
+    handles: list[SLAHandle] = []
+    original = student_module._patch
+
+    def patch(transformer: Any, config: Any) -> SLAHandle:
+        handle = original(transformer, config)
+        if wanted:
+            install_sla(handle)
+        handles.append(handle)
+        return handle
+
+    student_module._patch = patch
+    try:
+        yield handles
+    finally:
+        student_module._patch = original
+
+
+def write(path: Path, value: Any) -> None:
+    """JSON, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
+
+
+def line(report: dict[str, Any]) -> str:
+    """A report as a row of a Markdown table."""
+    cells = [
+        f"{report[key] * factor:.3g}" if key in report else ""
+        for key, (_, factor) in COLUMNS.items()
+    ]
+    sparsity = f"{report['sparsity']:.0%}" if "sparsity" in report else ""
+    return f"| {report['row']} | {sparsity} | {' | '.join(cells)} |"
+
+
+def print_table(out: Path) -> None:
+    """All reports of `out`, by sparsity and then as in `ROWS`."""
+    heads = [head for head, _ in COLUMNS.values()]
+    print("| attention | sparsity | " + " | ".join(heads) + " |")
+    print("|---" * (len(heads) + 2) + "|")
+    dense = out / "dense.json"
+    if dense.is_file():
+        print(line(json.loads(dense.read_text())))
+    reports = [json.loads(path.read_text()) for path in out.glob("*/report.json")]
+    order = list(ROWS)
+    for report in sorted(reports, key=lambda r: (r["sparsity"], order.index(r["row"]), r["seed"])):
+        print(line(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="default: all")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.97, 0.95, 0.9, 0.8])
+    parser.add_argument("--steps", type=int, default=400, help="of stage 2")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--world-clips", type=int, default=4096)
+    parser.add_argument("--calibration-steps", type=int, default=300, help="of stage 1")
+    parser.add_argument("--calibration-prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=200, help="to judge by")
+    parser.add_argument("--size", type=int, default=FRAME_SIZE, help="pixels a side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="do every N-th row from I")
+    parser.add_argument("--model", default="tiny-wan")
+    parser.add_argument("--table", action="store_true", help="print what is finished")
+    args = parser.parse_args()
+    if args.table:
+        print_table(args.out)
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    Table(args).run()
+
+
+if __name__ == "__main__":
+    main()
