@@ -30,7 +30,7 @@ class GenerationRequest:
         prompts: one video, or `num_videos`, of each.
         model: "tiny-wan", a local folder or a hub id.
         routers: a folder or hub id of trained routers; "none" is the training-free mode. `None`
-            takes the model's own, where it has any.
+            takes the model's own, where it has any for the sparsity.
         sparsity: share of the key blocks left to the linear branch, in [0, 1).
         dense: keep the model's own full attention.
         dense_steps: how many of the first steps keep it; they fix the layout of the video.
@@ -170,7 +170,7 @@ def plan_generation(request: GenerationRequest) -> GenerationPlan:
     if values["sparsity"] is not None:
         check_sparsity(values["sparsity"])
     routers = request.routers
-    if routers is None and not request.dense:
+    if routers is None and not request.dense and values["sparsity"] >= defaults.routers_sparsity:
         routers = defaults.routers
     prompts = [" ".join(p.split()) for p in request.prompts for _ in range(request.num_videos)]
     assert request.seed is not None  # drawn in __post_init__

@@ -30,8 +30,8 @@ class ModelDefaults:
     """Settings used where the caller gives none: `defaults.json` of the model, or Wan 2.1's own.
 
     `max_sequence_length` is the number of text tokens that the model was trained with; Wan pads to
-    it and attends to the padding, so that it is no matter of taste. `routers` is a folder beside
-    the model's own.
+    it and attends to the padding, so that it is no matter of taste. `routers` is a folder of the
+    model's own, trained for sparsities of `routers_sparsity` and more and used for these.
     """
 
     frames: int = 81
@@ -44,6 +44,7 @@ class ModelDefaults:
     dense_steps: int = 0
     max_sequence_length: int = 512
     routers: str | None = None
+    routers_sparsity: float = 0.0
 
 
 # Names of a model's `defaults.json` (those of a Diffusers call) and ours.
@@ -57,6 +58,7 @@ _DEFAULTS_KEYS = {
     "sparsity": "sparsity",
     "dense_steps": "dense_steps",
     "max_sequence_length": "max_sequence_length",
+    "routers_sparsity": "routers_sparsity",
 }
 
 

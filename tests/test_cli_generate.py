@@ -226,9 +226,12 @@ def test_a_model_may_come_with_routers(
     folder = Path(shutil.copytree(tiny_pipeline_dir, tmp_path / "model"))
     with sla_video.enable_sla(tiny_pipeline, sparsity=0.75) as handle:
         sla_video.save_routers(folder / "fitted", handle)
-    (folder / "defaults.json").write_text('{"routers": "fitted", "sparsity": 0.6}')
+    (folder / "defaults.json").write_text(
+        '{"routers": "fitted", "routers_sparsity": 0.5, "sparsity": 0.6}'
+    )
     found = generate(folder, tmp_path)["settings"]
     assert (found["routers"], found["sparsity"]) == (str(folder / "fitted"), 0.6)
+    assert generate(folder, tmp_path, "--sparsity", "0.4")["settings"]["routers"] is None
     assert generate(folder, tmp_path, "--routers", "none")["settings"]["routers"] is None
     assert generate(folder, tmp_path, "--dense")["settings"]["routers"] is None
 
