@@ -6,8 +6,7 @@ adapter gets its own module back when ours is taken off, so that nothing of it s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,16 +163,6 @@ def switch_lora(transformer: nn.Module, *, on: bool) -> None:
     """Let our adapter have its effect, or none; other adapters are left alone."""
     for layer in _our_layers(transformer):
         layer.set_scale(ADAPTER_NAME, 1.0 if on else 0.0)
-
-
-@contextmanager
-def without_lora(transformer: nn.Module) -> Iterator[None]:
-    """Within the block our adapter adds nothing."""
-    switch_lora(transformer, on=False)
-    try:
-        yield
-    finally:
-        switch_lora(transformer, on=True)
 
 
 def check_not_fused(attn: Any) -> None:
