@@ -20,7 +20,7 @@ from sla_video.calibration.model_parts import count_tokens, load_transformer, no
 from sla_video.calibration.optimizer import make_optimizer
 from sla_video.calibration.pace import Pace
 from sla_video.calibration.results import save_results
-from sla_video.calibration.starting_routers import check_starting_routers
+from sla_video.calibration.starting_point import check_starting_point
 from sla_video.calibration.student import Student, compile_blocks
 from sla_video.calibration.training_loop import TrainingLoop
 from sla_video.calibration.validation import validate
@@ -104,7 +104,7 @@ class _Run:
                 f"model {config.model!r} has two transformers or a noise level for each token, "
                 "which fine-tuning does not support yet: take a Wan 2.1 model"
             )
-        check_starting_routers(config, self.folder)
+        check_starting_point(config, self.folder)
 
     def train(self, resume: Path | None) -> dict[str, Any]:
         config, accelerator = self.config, self.accelerator
@@ -212,11 +212,6 @@ class _Run:
         config, device = self.config, self.accelerator.device
         frozen = config.trainable != "full" and device.type == "cuda" and config.data != "world"
         rounded = self.accelerator.mixed_precision == "bf16"
-        if config.weights == "bf16" and not rounded:
-            raise InputError(
-                "`weights` 'bf16' needs mixed precision: add --mixed-precision bf16, or leave "
-                "--weights out"
-            )
         half = config.weights == "bf16" or (config.weights == "auto" and frozen and rounded)
         transformer = load_transformer(self.folder, torch.bfloat16 if half else torch.float32)
         if not is_sharded(self.accelerator):

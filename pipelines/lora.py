@@ -65,10 +65,7 @@ def add_lora(
             "the projections are fused (`fuse_qkv_projections`), and LoRA corrects them one by "
             "one: call `unfuse_qkv_projections` first"
         )
-    names = [name for name, _ in transformer.named_modules()]
-    for target in targets:
-        if not any(name.endswith(f".{target}") for name in names):
-            raise ValueError(f"the transformer has no layer whose name ends with {target!r}")
+    check_targets(transformer, targets)
     trainable = {id(p): p.requires_grad for p in transformer.parameters()}
     active = _active_adapters(transformer)
     transformer.add_adapter(  # type: ignore[operator]
@@ -85,6 +82,18 @@ def add_lora(
         parameter.requires_grad_(trainable.get(id(parameter), True))
     for parameter in lora_parameters(transformer).values():
         parameter.data = parameter.data.float()
+
+
+def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
+    """Raise a ValueError unless each target ends the name of a linear layer, and of none else."""
+    modules = list(transformer.named_modules())
+    for target in targets:
+        ending = [module for name, module in modules if name.endswith(f".{target}")]
+        if not ending:
+            raise ValueError(f"the transformer has no layer whose name ends with {target!r}")
+        other = [type(m).__name__ for m in ending if not isinstance(_base_of(m), nn.Linear)]
+        if other:
+            raise ValueError(f"LoRA corrects linear layers, and {target!r} is a {other[0]}")
 
 
 def attach_lora(transformer: nn.Module, adapter: LoraAdapter) -> None:
@@ -190,6 +199,12 @@ def _hide(transformer: nn.Module, state: dict[str, Any], prefix: str, metadata: 
             del state[name]
         elif bare and ".base_layer." in name:
             state[name.replace(".base_layer.", ".")] = state.pop(name)
+
+
+def _base_of(layer: nn.Module) -> nn.Module:
+    """The layer itself, without adapters around it."""
+    base: nn.Module = getattr(layer, "base_layer", layer)
+    return base
 
 
 def _has_ours(layer: Any) -> bool:

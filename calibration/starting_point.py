@@ -1,4 +1,4 @@
-"""Routers that stage 2 starts from: whether they fit, before hours of encoding go into the data."""
+"""What stage 2 starts from: whether it fits together, before hours go into encoding the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 
 from sla_video.calibration.finetune_config import FinetuneConfig
 from sla_video.pipelines.errors import InputError, one_line
-from sla_video.pipelines.lora import LoraAdapter
+from sla_video.pipelines.lora import LoraAdapter, check_targets
 from sla_video.pipelines.model_source import read_json
 from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.router_set import ModelIdentity
@@ -18,25 +18,29 @@ from sla_video.pipelines.router_set import ModelIdentity
 logger = logging.getLogger("sla_video")
 
 
-def check_starting_routers(config: FinetuneConfig, folder: Path) -> None:
-    """Refuse `config.routers` that do not fit the model or the settings.
+def check_starting_point(config: FinetuneConfig, folder: Path) -> None:
+    """Refuse routers and LoRA that do not fit the model or the settings. Loads no weights.
 
     Args:
         folder: of the model's pipeline.
 
     Raises:
-        InputError: no routers there, of another model, or with LoRA that the settings contradict.
+        InputError: no routers there, of another model, or with LoRA that the settings contradict;
+            or no layers for LoRA.
     """
-    if config.routers is None:
-        return
-    routers = load_routers(config.routers)
+    routers = None if config.routers is None else load_routers(config.routers)
     settings = read_json(folder / "transformer" / "config.json")
     try:
         with torch.device("meta"):
             transformer = WanTransformer3DModel.from_config(settings)
-        routers.check_fits("transformer", ModelIdentity.of(transformer))
+        if routers is not None:
+            routers.check_fits("transformer", ModelIdentity.of(transformer))
+        if config.trainable == "lora":
+            check_targets(transformer, config.lora_targets)
     except (TypeError, ValueError) as error:
         raise InputError(one_line(error)) from error
+    if routers is None:
+        return
     if "transformer" in routers.lora:
         _check_lora(config, routers.lora["transformer"])
     if routers.config.layer_sparsity:
