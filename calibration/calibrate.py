@@ -164,7 +164,7 @@ def _capture_source(
         model.pipe,
         model.layers,
         captures,
-        memory=int(request.memory * _GIB),
+        memory=int(min(request.memory, 2**40) * _GIB),
         spill=spill,
         progress=progress,
     )

@@ -56,7 +56,10 @@ def save_all(
     out = request.out.expanduser()
     settings = settings_of(request, plan)
     saved = []
-    staging = Path(tempfile.mkdtemp(prefix=".routers.", dir=out))
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".routers.", dir=out))
+    except OSError as error:
+        raise InputError(f"cannot write routers to {out}: {one_line(error)}") from error
     try:
         for folder, config, layers in zip(plan.folders, configs, fits, strict=True):
             routers = RouterSet.snapshot(

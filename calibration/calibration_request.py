@@ -135,7 +135,7 @@ class CalibrationPlan:
     Attributes:
         sparsities: empty when they are still to be chosen.
         num_layers: self-attention layers of each transformer.
-        targets: sparsity -> folder of its routers, relative to `out`; a single "." for one folder.
+        folders: of the routers, one for each sparsity; `out` itself where there is only one.
     """
 
     source: ModelSource

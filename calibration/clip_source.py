@@ -28,7 +28,10 @@ class ClipSource(Protocol):
         ...
 
     def load(self, clips: Sequence[int], captioned: Sequence[bool], seed: str) -> ClipBatch:
-        """These clips on the training device, those that are not `captioned` with no caption."""
+        """These clips on the training device, those that are not `captioned` with no caption.
+
+        What else is random in them follows from the clip and from `seed`, which is of the step.
+        """
         ...
 
     def held_out(self, clips: Sequence[int]) -> ClipBatch:
@@ -74,8 +77,8 @@ class Sampler:
         shift: of the noise levels.
         levels: "logit-normal" (Esser et al. 2024), or "uniform" in a sampler's time.
         caption_dropout: share of clips without caption.
-        paired: every clip is taken twice, with one noise: the first half of a batch with captions,
-            the second half without. `caption_dropout` has no meaning then.
+        paired: a forward pass takes half as many clips, each twice with one noise: first all with
+            their captions, then all without. `caption_dropout` has no meaning then.
     """
 
     def __init__(
@@ -116,7 +119,8 @@ class Sampler:
     def places(self, step: int, part: int) -> range:
         """Places in the sequence that forward pass `part` of `step` takes in this process."""
         passes = (step * self.accumulate + part) * self.processes + self.process
-        return range(passes * self.batch_size, (passes + 1) * self.batch_size)
+        count = self.batch_size // 2 if self.paired else self.batch_size
+        return range(passes * count, (passes + 1) * count)
 
     def batch(self, step: int, part: int) -> NoisyBatch:
         """The clips of a forward pass with their noise."""
@@ -133,12 +137,10 @@ class Sampler:
         seeds = [draw.getrandbits(62) for draw in draws]
         numbers = [self.clip_at(place) for place in places]
         if self.paired:
-            half = len(numbers) // 2
-            numbers, levels, seeds = 2 * numbers[:half], 2 * levels[:half], 2 * seeds[:half]
-            captioned = [True] * half + [False] * half
-        return add_noise(
-            self.source.load(numbers, captioned, f"{self.seed}/{step}/{part}"), levels, seeds
-        )
+            captioned = [True] * len(numbers) + [False] * len(numbers)
+            numbers, levels, seeds = 2 * numbers, 2 * levels, 2 * seeds
+        # Of the step alone: how it is cut into processes and forward passes must not matter.
+        return add_noise(self.source.load(numbers, captioned, f"{self.seed}/{step}"), levels, seeds)
 
 
 def noise_level(normal: float, shift: float) -> float:

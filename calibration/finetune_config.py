@@ -38,6 +38,8 @@ _FREE_ON_RESUME = {
     "out", "resume", "stop_after", "log_every", "save_every", "keep", "tracker",
     "validation_videos", "compile",
 }  # fmt: skip
+# What NumPy takes.
+_MAX_SEED = 2**32 - 1
 _QKV = ("to_q", "to_k", "to_v")
 
 
@@ -158,19 +160,23 @@ class FinetuneConfig:
         at_least |= {"warmup_steps": 0, "stop_after": 0, "world_clips": 1, "encode_batch": 1}
         at_least |= {"validate_every": 0, "validation_clips": 1, "validation_videos": 0}
         at_least |= {"save_every": 1, "keep": 1, "log_every": 1}
+        at_least |= {"frames": 1, "height": 1, "width": 1}
         for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise InputError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"`{name}` must be at least {least}, got {value}")
         ranges: dict[str, tuple[float, float]] = {"ema": (0, 1), "cooldown": (0, 1)}
         ranges |= {"caption_dropout": (0, 1), "minutes": (0, math.inf), "tau": (1e-9, math.inf)}
         ranges |= {"learning_rate": (0, math.inf), "router_rate": (0, math.inf)}
         ranges |= {"alignment_weight": (0, math.inf), "clip_norm": (1e-12, math.inf)}
         ranges |= {"shift": (1e-9, math.inf), "weight_decay": (0, math.inf)}
-        ranges |= {"guidance": (0, math.inf)}
+        ranges |= {"guidance": (0, math.inf), "lora_alpha": (1e-9, math.inf)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"`{name}` must be in [{low:g}, {high:g}], got {value}")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise InputError(f"`seed` must be from 0 to {_MAX_SEED}, got {self.seed}")
         if not (self.max_steps or self.minutes):
             raise InputError("give --max-steps or --minutes: training has to end at some time")
         if self.guidance and (self.velocity_loss != "distill" or self.batch_size % 2):
@@ -178,6 +184,13 @@ class FinetuneConfig:
                 f"`guidance` {self.guidance} needs the loss distill and an even `batch_size`, got "
                 f"{self.velocity_loss} and {self.batch_size}"
             )
+        if self.trainable == "full" and self.weights == "bf16":
+            raise InputError(
+                "`weights` 'bf16' is for frozen weights, and with trainable 'full' none are: steps "
+                "are smaller than what bfloat16 can hold; leave --weights out"
+            )
+        if self.trainable == "router+alpha" and not self.train_alpha:
+            raise InputError("trainable 'router+alpha' trains alpha: take 'router' to leave it")
         self._check_alignment()
         try:
             self.sla()

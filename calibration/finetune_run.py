@@ -20,6 +20,7 @@ from sla_video.calibration.model_parts import count_tokens, load_transformer, no
 from sla_video.calibration.optimizer import make_optimizer
 from sla_video.calibration.pace import Pace
 from sla_video.calibration.results import save_results
+from sla_video.calibration.starting_point import check_starting_point
 from sla_video.calibration.student import Student, compile_blocks
 from sla_video.calibration.training_loop import TrainingLoop
 from sla_video.calibration.validation import validate
@@ -103,6 +104,7 @@ class _Run:
                 f"model {config.model!r} has two transformers or a noise level for each token, "
                 "which fine-tuning does not support yet: take a Wan 2.1 model"
             )
+        check_starting_point(config, self.folder)
 
     def train(self, resume: Path | None) -> dict[str, Any]:
         config, accelerator = self.config, self.accelerator
@@ -209,7 +211,8 @@ class _Run:
     def _student(self, clips: ClipSource) -> Student:
         config, device = self.config, self.accelerator.device
         frozen = config.trainable != "full" and device.type == "cuda" and config.data != "world"
-        half = config.weights == "bf16" or (config.weights == "auto" and frozen)
+        rounded = self.accelerator.mixed_precision == "bf16"
+        half = config.weights == "bf16" or (config.weights == "auto" and frozen and rounded)
         transformer = load_transformer(self.folder, torch.bfloat16 if half else torch.float32)
         if not is_sharded(self.accelerator):
             transformer.to(device)

@@ -48,6 +48,11 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"cannot set up Accelerate: {one_line(error)}") from error
+    if config.weights == "bf16" and accelerator.mixed_precision != "bf16":
+        raise InputError(
+            "`weights` 'bf16' needs mixed precision: add --mixed-precision bf16, or leave "
+            "--weights out"
+        )
     if config.tracker and not accelerator.log_with:
         raise InputError(f"tracker {config.tracker!r} is not installed: `pip install` it first")
     if is_sharded(accelerator):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from sla_video.calibration.student import Student, eager
 
 
-def find_nonfinite(student: Student, run: Callable[[], Tensor]) -> str:
-    """Which layer first produced NaN or infinity, in one phrase.
+def find_nonfinite(student: Student, batch: Sequence[Tensor]) -> str | None:
+    """Which layer first produces NaN or infinity, in one phrase; None where none does.
 
     Args:
-        run: the forward pass, which returns the loss. It is run once more, and backward too.
+        batch: of the forward pass that went wrong. It is run once more, and backward too.
     """
     for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
         if not torch.isfinite(tensor).all():
@@ -28,7 +28,7 @@ def find_nonfinite(student: Student, run: Callable[[], Tensor]) -> str:
     ]
     try:
         with eager():
-            loss = run()
+            loss = student(*batch)["velocity"]
             if not found and torch.isfinite(loss):
                 loss.backward()
     finally:
@@ -45,7 +45,7 @@ def find_nonfinite(student: Student, run: Callable[[], Tensor]) -> str:
     if bad:
         # Gradients flow from the last layer to the first.
         return f"the gradient of {bad[-1]} was the first that is not finite"
-    return "run once more, the same step is finite in every layer"
+    return None
 
 
 def _watch(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:

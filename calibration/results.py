@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from sla_video.calibration.student import Student
@@ -35,15 +38,16 @@ def save_results(
     """
     weights = gather_results(student)
     if accelerator.is_main_process:
-        routers = trained_routers(student, weights)
-        save_routers(out / "routers", routers, resolution=resolution, metrics=metrics)
         if student.config.trainable == "full":
             try:
                 _save_transformer(student.transformer, weights, out / "transformer")
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise InputError(
-                    f"cannot write {out / 'transformer'}: {one_line(error)}"
+                    f"cannot write {out / 'transformer'}: {one_line(error)}; the training is done: "
+                    "make room, and --resume writes its results"
                 ) from error
+        routers = trained_routers(student, weights)
+        save_routers(out / "routers", routers, resolution=resolution, metrics=metrics)
     accelerator.wait_for_everyone()
 
 
@@ -97,10 +101,17 @@ def trained_routers(student: Student, weights: Mapping[str, torch.Tensor]) -> Ro
 def _save_transformer(
     transformer: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
-    """Write it as stock Diffusers reads it, from tensors that hold no shards."""
+    """Write it as stock Diffusers reads it, whole or not at all, from tensors without shards."""
     kind: Any = type(transformer)
     with torch.device("meta"):
         fresh = kind.from_config(transformer.config)
     named = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     fresh.load_state_dict({name: named[name] for name in fresh.state_dict()}, assign=True)
-    fresh.save_pretrained(folder, safe_serialization=True)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        fresh.save_pretrained(part, safe_serialization=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

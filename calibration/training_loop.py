@@ -95,10 +95,14 @@ class TrainingLoop:
             ended = pace.finished or step == config.stop_after
             log = step % config.log_every == 0 or ended
             save = step % config.save_every == 0 or ended
+            if log or save:
+                pace.agree()
+                if pace.finished:
+                    # The time is up: what is due at the end is due now.
+                    ended = log = save = True
             if log or save or step % SYNC_EVERY == 0:
                 self._check()
             if log:
-                pace.agree()
                 self._log()
             if config.validate_every and step % config.validate_every == 0 and not ended:
                 self.validate_and_note(step)
@@ -156,8 +160,11 @@ class TrainingLoop:
         if self.student.draw is not None:
             block_q = self.student.handle.config.block_q
             self.student.draw.step(self.config.seed, step, self.tokens, block_q)
-        batch = self.sampler.batch(step, 0).tensors()
-        where = find_nonfinite(self.student, lambda: self.student(*batch)["velocity"])
+        where = None
+        for part in range(self.config.accumulate):
+            batch = self.sampler.batch(step, part).tensors()
+            where = where or find_nonfinite(self.student, batch)
+        where = where or "run once more, the same step is finite in every layer"
         saved = training_checkpoint.find_all(self.config.out)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved before"
         raise NonFiniteLoss(

@@ -90,6 +90,8 @@ class VideoClips:
 
     def _encode_missing(self, videos: Sequence[CaptionedVideo], progress: Progress) -> None:
         bad = self._index()
+        # All share the work by one list: nobody writes before everybody has looked.
+        self.accelerator.wait_for_everyone()
         missing = [
             v for v in videos if fingerprint(v) not in self._places and fingerprint(v) not in bad
         ]

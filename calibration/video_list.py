@@ -7,6 +7,7 @@ the columns `video` and `caption`.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -83,9 +84,14 @@ def _from_table(table: Path) -> list[tuple[Path, str | None]]:
         raise InputError(f"cannot read {table}: {one_line(error)}") from error
     rows: list[Mapping[str, Any]] = []
     if table.suffix.lower() == ".csv":
-        rows.extend(csv.DictReader(text.splitlines()))
+        try:
+            # As a file, not as lines: a caption in quotes may go over several.
+            rows.extend(csv.DictReader(io.StringIO(text, newline="")))
+        except csv.Error as error:
+            raise InputError(f"cannot read {table}: {one_line(error)}") from error
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not `splitlines`, which also cuts at separators that JSON allows within a string.
+        for number, line in enumerate(text.split("\n"), 1):
             try:
                 row = json.loads(line) if line.strip() else None
             except ValueError as error:

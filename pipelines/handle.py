@@ -73,6 +73,8 @@ class TransformerPatch:
         self.processors: dict[str, SLAAttnProcessor] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._hide_lora: Any = None
+        # What the transformer had when the patch was taken off.
+        self.removed_lora: LoraAdapter | None = None
 
     @staticmethod
     def of(transformer: nn.Module) -> TransformerPatch | None:
@@ -110,6 +112,7 @@ class TransformerPatch:
         if self._hook is not None:
             self._hook.remove()
         self._hide_lora.remove()
+        self.removed_lora = lora_of(transformer)
         detach_lora(transformer)
         delattr(transformer, _PATCH_ATTRIBUTE)
 
@@ -194,11 +197,12 @@ class SLAHandle:
         )
 
     def _lora(self) -> dict[str, LoraAdapter]:
-        return {
-            component: adapter
-            for component, transformer in self._transformers.items()
-            if (adapter := lora_of(transformer)) is not None
+        in_place = self._in_place()
+        found = {
+            component: lora_of(in_place[component]) if component in in_place else patch.removed_lora
+            for component, patch in self._patches.items()
         }
+        return {component: adapter for component, adapter in found.items() if adapter is not None}
 
     def stats(self) -> SLAStats:
         """What each layer did since it was patched or since `reset_stats`. Waits for the device."""
@@ -252,7 +256,7 @@ class SLAHandle:
             switch_lora(transformer, on=not self._patches[component].switch.dense)
 
     def remove(self) -> None:
-        """Put the original processors back. The routers stay readable in this handle.
+        """Put the original processors back. Routers and LoRA stay readable in this handle.
 
         Raises:
             ValueError: the patch is not in place any more.

@@ -6,8 +6,7 @@ adapter gets its own module back when ours is taken off, so that nothing of it s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +65,7 @@ def add_lora(
             "the projections are fused (`fuse_qkv_projections`), and LoRA corrects them one by "
             "one: call `unfuse_qkv_projections` first"
         )
-    names = [name for name, _ in transformer.named_modules()]
-    for target in targets:
-        if not any(name.endswith(f".{target}") for name in names):
-            raise ValueError(f"the transformer has no layer whose name ends with {target!r}")
+    check_targets(transformer, targets)
     trainable = {id(p): p.requires_grad for p in transformer.parameters()}
     active = _active_adapters(transformer)
     transformer.add_adapter(  # type: ignore[operator]
@@ -86,6 +82,18 @@ def add_lora(
         parameter.requires_grad_(trainable.get(id(parameter), True))
     for parameter in lora_parameters(transformer).values():
         parameter.data = parameter.data.float()
+
+
+def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
+    """Raise a ValueError unless each target ends the name of a linear layer, and of none else."""
+    modules = list(transformer.named_modules())
+    for target in targets:
+        ending = [module for name, module in modules if name.endswith(f".{target}")]
+        if not ending:
+            raise ValueError(f"the transformer has no layer whose name ends with {target!r}")
+        other = [type(m).__name__ for m in ending if not isinstance(_base_of(m), nn.Linear)]
+        if other:
+            raise ValueError(f"LoRA corrects linear layers, and {target!r} is a {other[0]}")
 
 
 def attach_lora(transformer: nn.Module, adapter: LoraAdapter) -> None:
@@ -166,16 +174,6 @@ def switch_lora(transformer: nn.Module, *, on: bool) -> None:
         layer.set_scale(ADAPTER_NAME, 1.0 if on else 0.0)
 
 
-@contextmanager
-def without_lora(transformer: nn.Module) -> Iterator[None]:
-    """Within the block our adapter adds nothing."""
-    switch_lora(transformer, on=False)
-    try:
-        yield
-    finally:
-        switch_lora(transformer, on=True)
-
-
 def check_not_fused(attn: Any) -> None:
     """Raise a ValueError if fused projections would leave our adapter out in silence."""
     if attn.fused_projections and any(_has_ours(getattr(attn, n, None)) for n in ("to_q", "to_k")):
@@ -201,6 +199,12 @@ def _hide(transformer: nn.Module, state: dict[str, Any], prefix: str, metadata: 
             del state[name]
         elif bare and ".base_layer." in name:
             state[name.replace(".base_layer.", ".")] = state.pop(name)
+
+
+def _base_of(layer: nn.Module) -> nn.Module:
+    """The layer itself, without adapters around it."""
+    base: nn.Module = getattr(layer, "base_layer", layer)
+    return base
 
 
 def _has_ours(layer: Any) -> bool:

@@ -105,9 +105,11 @@ def enable_sla(
     # Everything is built before anything is changed, so that an error leaves the model alone.
     pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
     if settings.dense_steps and pipe is None:
+        asked = " (as the routers ask)" if dense_steps is None and config is None else ""
         raise ValueError(
-            f"`dense_steps`={settings.dense_steps} needs the pipeline, whose scheduler counts the "
-            "steps: pass the pipeline, or wrap the first calls in `with handle.dense():`"
+            f"`dense_steps`={settings.dense_steps}{asked} needs the pipeline, whose scheduler "
+            "counts the steps: pass the pipeline, or dense_steps=0 and run the first calls within "
+            "`with handle.dense():`"
         )
     prepared = []
     identities = {}

@@ -120,8 +120,9 @@ def load_routers(source: str | os.PathLike[str]) -> RouterSet:
         for component, model in models.items():
             if model.config_hash != description["models"][component]["config_hash"]:
                 raise ValueError(f"the configuration hash of {component!r} does not match")
-        layers = list(description["layers"])
+        layers = [str(name) for name in description["layers"]]
         resolution = description["resolution"]
+        resolution = None if resolution is None else tuple(map(int, resolution))
         digest = description["weights_sha256"]
         metrics = dict(description["metrics"])
         lora = {name: dict(fields) for name, fields in description.get("lora", {}).items()}
@@ -136,7 +137,7 @@ def load_routers(source: str | os.PathLike[str]) -> RouterSet:
         config=config,
         models=models,
         lora=_build_lora(folder / WEIGHTS_FILE, lora, tensors),
-        resolution=None if resolution is None else tuple(resolution),
+        resolution=resolution,
         metrics=metrics,
     )
 
@@ -225,7 +226,7 @@ def _build_routers(
                 {key: tensors[f"{name}.{key}"] for key in router.state_dict()}, strict=True
             )
             routers[name] = router
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{path} does not hold what {DESCRIPTION_FILE} describes: {one_line(error)}"
         ) from error

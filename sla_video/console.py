@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -22,6 +23,8 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
+# What a path, or the machine, is to blame for, wherever it is met.
+_NOT_OURS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC}
 
 
 class _MessageFormatter(logging.Formatter):
@@ -77,6 +80,8 @@ def run_command(call: Callable[[], Any]) -> int:
             text = one_line(error.format_message())
             return _fail(f"{text} (see {path} --help)", BAD_INPUT)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _NOT_OURS:
+                return _fail(one_line(error), BAD_INPUT)
             if os.environ.get("SLA_VIDEO_TRACEBACK"):
                 raise
             text = f"unexpected {type(error).__name__}: {one_line(error)}"

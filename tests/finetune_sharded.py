@@ -73,4 +73,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     check(trainable="lora", loss="ssa")
     check(trainable="full", loss="distill")
+    check(trainable="router+alpha", loss="distill")
     dist.destroy_process_group()

@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from cli_tools import assert_refused, call
 from safetensors.torch import load_file, save_file
 
-from finetune_cases import SMALL_SIZE, write_videos
+from finetune_cases import SMALL_SIZE, make_student, write_videos
 from sla_video.calibration import training_checkpoint
 from sla_video.calibration.finetune import finetune
 from sla_video.calibration.finetune_config import FinetuneConfig
+from sla_video.calibration.results import save_results
 from sla_video.calibration.video_clips import SHARD_SIZE
+from sla_video.calibration.video_list import find_videos
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.router_files import load_routers
 
@@ -64,6 +67,16 @@ def settings(tiny_pipeline_dir: Path, videos: Path, tmp_path: Path) -> dict[str,
         (["--max-steps", "1", "--optimizer", "adamw8bit"], "pip install bitsandbytes"),
         (["--max-steps", "1", "--tracker", "comet_ml"], "'comet_ml' is not installed"),
         (["--max-steps", "1", "--tracker", "paper"], "cannot set up Accelerate"),
+        (["--max-steps", "1", "--frames", "0"], "`frames` must be at least 1, got 0"),
+        (["--max-steps", "1", "--seed", "-1"], "`seed` must be from 0 to 4294967295, got -1"),
+        (["--max-steps", "1", "--lora-alpha", "nan"], "`lora_alpha` must be in"),
+        (["--max-steps", "1", "--trainable", "full", "--weights", "bf16"], "is for frozen weights"),
+        (["--max-steps", "1", "--weights", "bf16", "--mixed-precision", "no"], "mixed precision"),
+        (["--max-steps", "1", "--trainable", "router+alpha", "--no-train-alpha"], "take 'router'"),
+        (["--max-steps", "1", "--routers", "nowhere"], "no routers at 'nowhere'"),
+        (["--max-steps", "1", "--routers", "a" * 300], "File name too long"),
+        (["--max-steps", "1", "--lora-targets", "attn9.to_q"], "name ends with 'attn9.to_q'"),
+        (["--max-steps", "1", "--lora-targets", "attn1.norm_q"], "'attn1.norm_q' is a"),
         (["--max-steps", "1", "--frames", "9"], "clips of the world are square and have 25"),
     ],
 )
@@ -140,6 +153,21 @@ def test_clips_are_encoded_once(
     assert read == ["clip0.mp4", "clip1.mp4", "clip1.mp4"]
 
 
+def test_a_caption_may_go_over_lines(tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text('video,caption\na.mp4,"a red circle\nmoves left"\n')
+    ((video,), _) = find_videos(str(table))
+    assert video.caption == "a red circle moves left"
+    table.write_text("video,caption\na.mp4," + "red " * 50000 + "\n")
+    with pytest.raises(InputError, match=r"cannot read .*list.csv: field larger"):
+        find_videos(str(table))
+    # A separator of lines to Python, but not to JSON.
+    table = table.with_suffix(".jsonl")
+    table.write_text('{"video": "a.mp4", "caption": "a red\u2028circle"}\n', encoding="utf-8")
+    ((video,), _) = find_videos(str(table))
+    assert video.caption == "a red circle"
+
+
 def test_resuming_with_other_settings_names_them(settings: dict[str, Any]) -> None:
     finetune(FinetuneConfig(**settings))
     changed = {**settings, "lora_rank": 4, "seed": 1, "resume": True, "log_every": 5}
@@ -158,10 +186,27 @@ def test_routers_of_another_model_are_refused(settings: dict[str, Any], tmp_path
     shutil.copytree(settings["model"], other)
     config = json.loads((other / "transformer" / "config.json").read_text())
     (other / "transformer" / "config.json").write_text(json.dumps({**config, "eps": 1e-5}))
-    changed = {"model": str(other), "out": tmp_path / "b"}
+    changed = {"model": str(other), "out": tmp_path / "b", "cache": tmp_path / "cache"}
     routers = str(settings["out"] / "routers")
     with pytest.raises(InputError, match="eps: 1e-06 / 1e-05"):
         finetune(FinetuneConfig(**{**settings, **changed, "routers": routers}))
+    # Nothing was encoded for it.
+    assert not (tmp_path / "cache").exists()
+
+
+def test_lora_that_routers_bring_has_to_fit_the_settings(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    finetune(FinetuneConfig(**settings))
+    again = {**settings, "out": tmp_path / "b", "routers": str(settings["out"] / "routers")}
+    with pytest.raises(InputError, match="give --lora-rank 2 --lora-alpha 2 --lora-targets attn1"):
+        finetune(FinetuneConfig(**{**again, "lora_rank": 4}))
+    with pytest.raises(InputError, match="start from routers without LoRA"):
+        finetune(FinetuneConfig(**{**again, "trainable": "full"}))
+    assert finetune(FinetuneConfig(**again))["finished"]
+    before, after = (load_routers(run["out"] / "routers") for run in (settings, again))
+    for name, tensor in after.lora["transformer"].tensors.items():
+        assert not torch.equal(tensor, before.lora["transformer"].tensors[name]), name
 
 
 @pytest.mark.parametrize("trainable", ["lora", "router"])
@@ -237,3 +282,29 @@ def test_a_full_disk_leaves_the_old_checkpoint(settings: dict[str, Any], small_f
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
     assert finetune(again)["finished"]
     assert load_routers(config.out / "routers").metrics["steps"] == 2
+
+
+def test_a_full_disk_leaves_the_old_transformer(tmp_path: Path, small_files: Any) -> None:
+    student = make_student(trainable="full", loss="flow")
+
+    def save() -> None:
+        save_results(Accelerator(cpu=True), student, tmp_path, resolution=(9, 64, 64), metrics={})
+
+    save()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert {path.parent.name for path in before} == {"routers", "transformer"}
+    with torch.no_grad():
+        next(iter(student.trainable().values())).add_(1)
+    small_files(4096)
+    with pytest.raises(InputError, match=r"cannot write .*transformer: .*--resume"):
+        save()
+    small_files(resource.RLIM_INFINITY)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["routers", "transformer"]
+
+
+def test_a_run_that_ends_by_the_clock_saves_its_last_step(settings: dict[str, Any]) -> None:
+    config = FinetuneConfig(**{**settings, "max_steps": 0, "minutes": 1e-7})
+    done = finetune(config)
+    (last,) = training_checkpoint.find_all(config.out)
+    assert last.name == f"step-{done['step']:08d}"

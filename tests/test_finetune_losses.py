@@ -11,8 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from finetune_cases import make_batch, make_student
 from sla_video.calibration import alignment
 from sla_video.calibration.alignment import Draw, alignment_loss, draw_blocks, draw_stream
-from sla_video.calibration.clip_source import ClipBatch, Sampler, noise_level, uniform_level
-from sla_video.calibration.finetune_config import FinetuneConfig
+from sla_video.calibration.clip_source import noise_level, uniform_level
 from sla_video.calibration.student import guided_error
 from sla_video.kernels.api import sla2_attention
 from sla_video.kernels.router import Router
@@ -173,47 +172,3 @@ def test_guided_error_is_that_of_the_guided_velocities() -> None:
 
     expected = (guided(student) - guided(teacher)).square().mean() / 16
     assert guided_error(student - teacher, 4.0).item() == pytest.approx(expected.item())
-
-
-class Recorded:
-    """A source that keeps what it was asked for."""
-
-    validation_prompts = ()
-
-    def __len__(self) -> int:
-        return 10
-
-    def load(self, clips, captioned, seed):  # type: ignore[no-untyped-def]
-        self.asked = (list(clips), list(captioned))
-        return ClipBatch(torch.zeros(len(clips), 1, 1, 2, 2), torch.zeros(len(clips), 1, 1))
-
-
-@pytest.mark.parametrize("levels", ["logit-normal", "uniform"])
-def test_pairs_share_clip_noise_and_level(levels: str) -> None:
-    source = Recorded()
-    sampler = Sampler(
-        source,
-        seed=0,
-        batch_size=6,
-        processes=1,
-        process=0,
-        accumulate=1,
-        shift=5.0,
-        caption_dropout=0.5,
-        levels=levels,
-        paired=True,
-    )
-    batch = sampler.batch(2, 0)
-    clips, captioned = source.asked
-    assert clips[:3] == clips[3:] and len(set(clips[:3])) == 3
-    assert captioned == 3 * [True] + 3 * [False]
-    assert torch.equal(batch.noise[:3], batch.noise[3:])
-    assert torch.equal(batch.sigma[:3], batch.sigma[3:]) and len(set(batch.sigma.tolist())) == 3
-
-
-@pytest.mark.parametrize(
-    "settings", [{"batch_size": 3}, {"loss": "flow"}, {"loss": "ssa", "base_loss": "flow"}]
-)
-def test_guidance_needs_pairs_and_a_teacher(settings: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="guidance"):
-        FinetuneConfig(**{"max_steps": 1, "batch_size": 2, "guidance": 3.0, **settings})

@@ -37,8 +37,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(tiny_pipeline_dir: Path, videos: Path) -> Callable[..., list[str]]:
     def make(out: Path, **settings: object) -> list[str]:
-        settings = {"max_steps": STEPS, "save_every": 1, "batch_size": 2, **settings}
-        settings = {"loss": "ssa", "ema": 0.9, "sparse_dtype": "int8", **settings}
+        settings = {"max_steps": STEPS, "save_every": 1, "batch_size": 4, **settings}
+        settings = {"loss": "ssa", "guidance": 3, "ema": 0.9, "sparse_dtype": "int8", **settings}
         return command(out, tiny_pipeline_dir, videos, **settings)
 
     return make
@@ -125,7 +125,7 @@ def test_two_processes_take_the_steps_of_one(
     out = tmp_path / "run"
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = run_program([*launch, *words(out, batch_size=1)], env=environment)
+    done = run_program([*launch, *words(out, batch_size=2)], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((out / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())
     assert state["processes"] == 2

@@ -49,6 +49,17 @@ def test_gradients_reach_what_is_trained_and_nothing_else(trainable: str) -> Non
     assert touched <= set(student.trainable())
 
 
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_alpha_stays_as_it_is_when_asked(trainable: str) -> None:
+    student = make_student(trainable=trainable, train_alpha=False)
+    student(*make_batch())["velocity"].backward()
+    assert student.trainable() and not any(n.startswith("routers.") for n in student.trainable())
+    assert all(p.grad is None for p in student.routers.parameters())
+    # The rest learns: of fresh LoRA, the second factors.
+    learns = [n for n, p in student.trainable().items() if p.grad is not None and p.grad.any()]
+    assert len(learns) == (12 if trainable == "lora" else len(student.trainable()))
+
+
 def test_the_teacher_is_the_model_as_it_was() -> None:
     original = build_tiny_transformer()
     latents, noise, sigma, text = batch = make_batch()

@@ -145,7 +145,7 @@ def test_the_patch_casts_the_adapter_with_the_model(trained):
     assert {p.dtype for p in lora_parameters(model).values()} == {torch.bfloat16}
 
 
-def test_a_handle_and_files_keep_what_describes_it(trained):
+def test_a_handle_and_files_keep_what_describes_it(trained, tmp_path):
     folder, _ = trained
     description = json.loads((folder / "routers.json").read_text())
     assert description["format_version"] == 2
@@ -157,6 +157,12 @@ def test_a_handle_and_files_keep_what_describes_it(trained):
     assert kept.tensors.keys() == loaded.tensors.keys()
     handle.remove()
     assert lora_of(model) is None
+    # What was removed can still be saved, whatever the model is given then.
+    enable_sla(model, config=SMALL_BLOCKS)
+    add_lora(model, rank=1)
+    again = load_routers(save_routers(tmp_path / "again", handle)).lora["transformer"]
+    assert again.tensors.keys() == loaded.tensors.keys()
+    assert all(torch.equal(again.tensors[name], t) for name, t in loaded.tensors.items())
 
 
 def test_fused_projections_are_refused_before_and_after(trained):

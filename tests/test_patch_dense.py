@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
-from sla_video import SLAConfig, disable_sla, enable_sla
+from sla_video import SLAConfig, disable_sla, enable_sla, save_routers
 from tiny_models import TINY_CALL, build_tiny_pipeline, build_tiny_transformer, transformer_inputs
 
 SMALL_BLOCKS = SLAConfig(sparsity=0.8, block_q=16, block_k=8)
@@ -88,6 +88,15 @@ def test_wrong_layers_and_steps_are_refused_and_leave_the_model_alone(arguments,
         enable_sla(model, config=SMALL_BLOCKS, **arguments)
     with pytest.raises(ValueError, match="not enabled"):
         disable_sla(model)
+
+
+def test_routers_with_dense_steps_say_how_a_bare_transformer_takes_them(tmp_path):
+    settings = SMALL_BLOCKS.replace(dense_steps=1)
+    folder = save_routers(tmp_path, enable_sla(build_tiny_pipeline(), config=settings))
+    model = build_tiny_transformer()
+    with pytest.raises(ValueError, match=r"`dense_steps`=1 \(as the routers ask\).*dense_steps=0"):
+        enable_sla(model, folder)
+    enable_sla(model, folder, dense_steps=0)
 
 
 def generate(pipe, **changes):

@@ -60,6 +60,8 @@ def swap_layers(description):
         (lambda f: edit(f, lambda d: d["sla"].update(sparsity=2)), "`sparsity` must be in [0, 1)"),
         (lambda f: edit(f, lambda d: d["sla"].update(odd=2)), "unknown settings odd"),
         (lambda f: edit(f, lambda d: d.update(layers=None)), "routers.json is corrupt: TypeError"),
+        (lambda f: edit(f, lambda d: d.update(resolution=5)), "routers.json is corrupt: TypeErr"),
+        (lambda f: edit(f, lambda d: d.update(layers=[3])), "does not hold what routers.json"),
         (lambda f: edit(f, swap_layers), "does not hold what routers.json describes"),
         (lambda f: edit(f, lambda d: d["layers"].append("x.y")), "does not hold what routers.json"),
         (

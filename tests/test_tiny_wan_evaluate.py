@@ -69,6 +69,28 @@ def test_settings_are_read(text: str, expected: evaluate.Setting) -> None:
     assert evaluate.Setting.parse(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--settings", "most"], "'most' is none of dense, 0.9"),
+        (["--settings", "1.5"], "`sparsity` must be in [0, 1), got 1.5"),
+        (["--settings", "0.9:int3"], "`sparse_dtype` must be one of"),
+        (["--prompts", "0"], "--prompts: at least 1, got 0"),
+        (["--json", "no/such/folder/a.json"], "there is no folder"),
+    ],
+)
+def test_evaluate_refuses_nonsense(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_paired_distances_are_those_of_the_definition() -> None:
     rng = np.random.default_rng(0)
     a = rng.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,7 +31,10 @@ from accelerate.utils import gather_object
 from diffusers import WanPipeline
 from PIL import Image, ImageDraw
 
+from sla_video.config import SLAConfig
+from sla_video.pipelines.errors import InputError, one_line
 from sla_video.pipelines.handle import SLAHandle
+from sla_video.pipelines.json_file import JsonFile
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.tiny_wan import adherence, checkpoints
 from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
@@ -200,7 +203,30 @@ def contact_sheet(videos: Any, prompts: list[str], path: Path) -> None:
     image.save(path, optimize=True)
 
 
+def _setting(text: str) -> str:
+    try:
+        setting = Setting.parse(text)
+        SLAConfig(
+            sparsity=setting.sparsity or 0.0,
+            dense_steps=setting.dense_steps,
+            sparse_dtype=setting.sparse_dtype,  # type: ignore[arg-type]
+        )
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of dense, 0.9, 0.9/2, FOLDER@0.97:int8: {one_line(error)}"
+        ) from error
+    return text
+
+
 def main() -> None:
+    try:
+        _main()
+    except InputError as error:
+        print(f"evaluate: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="tiny-wan", help="name, pipeline folder or checkpoint")
     parser.add_argument("--vae", type=Path, help="VAE checkpoint, where --model is a checkpoint")
@@ -209,6 +235,7 @@ def main() -> None:
     parser.add_argument(
         "--settings",
         nargs="+",
+        type=_setting,
         default=["dense"],
         help="dense, 0.9, 0.9/2, FOLDER@0.97:int8; the videos of the first are what others are "
         "compared with",
@@ -225,6 +252,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="PNG of the first setting's first videos")
     args = parser.parse_args()
+    if args.prompts < 1:
+        parser.error(f"argument --prompts: at least 1, got {args.prompts}")
+    output = JsonFile(args.json)
 
     accelerator = Accelerator()
     pipe = load_pipeline(args.model, args.vae, args.weights).to(accelerator.device)
@@ -266,10 +296,7 @@ def main() -> None:
                 print(setting, json.dumps(row), flush=True)
                 if args.sheet and setting == args.settings[0]:
                     contact_sheet(videos, mine, args.sheet)
-                if args.json:
-                    part = args.json.with_name(args.json.name + ".part")
-                    part.write_text(json.dumps(report, indent=1))
-                    os.replace(part, args.json)
+                output.write(report)
     accelerator.end_training()
 
 
