@@ -8,7 +8,7 @@ zero at the start. Selection and O_s are those of SLA2 with routers whose mix we
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sla_video.kernels.api import sla2_attention
 from sla_video.pipelines.handle import SLAHandle
-from sla_video.pipelines.processor import SLAAttnProcessor
 
 _NAME = "linear_proj"
 
@@ -35,9 +33,8 @@ def install_sla(handle: SLAHandle, projections: Mapping[str, Tensor] | None = No
         start = torch.zeros(router.head_dim, router.head_dim)
         weight = start if projections is None else projections[name]
         router.register_parameter(_NAME, nn.Parameter(weight.to(router.query_proj.device)))
-        attend = partial(_attend, processor)
-        processor._operator = attend  # type: ignore[method-assign]
-        processor.sla2 = attend  # type: ignore[method-assign]
+        for method in ("_operator", "sla2"):
+            setattr(processor, method, partial(_attend, router, getattr(processor, method)))
 
 
 def save_projections(handle: SLAHandle, path: Path) -> None:
@@ -55,12 +52,14 @@ def load_projections(path: Path) -> dict[str, Tensor]:
 
 
 def _attend(
-    processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor, **changes: object
+    router: nn.Module,
+    sparse_attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **changes: object,
 ) -> Tensor:
-    router = processor.router
-    options = {**processor.operator_options, **changes}
-    sparse = sla2_attention(query, key, value, router, **options)  # type: ignore[call-overload]
-    assert isinstance(sparse, Tensor)
+    sparse = sparse_attention(query, key, value, **changes)
     weight = getattr(router, _NAME)
     # [B, L, H, D]
     phi_q, phi_k = query.float().softmax(-1), key.float().softmax(-1)

@@ -10,7 +10,7 @@ on per-head outputs `[B, L, H, D]` before the output projection, both divided by
 of the terms.
 
 The kernels take all queries, so the sparse counterpart is computed for all of them and read where
-it counts; that costs less than a quarter of the full one does.
+it counts.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -136,16 +137,12 @@ def enable_sla(
 
 def _attach_all(transformers: Mapping[str, nn.Module], lora: Mapping[str, LoraAdapter]) -> None:
     """Add the LoRA of all components, or of none if one does not fit."""
-    attached: list[nn.Module] = []
-    try:
+    with ExitStack() as undo:
         for component, transformer in transformers.items():
             if component in lora:
                 attach_lora(transformer, lora[component])
-                attached.append(transformer)
-    except Exception:
-        for transformer in attached:
-            detach_lora(transformer)
-        raise
+                undo.callback(detach_lora, transformer)
+        undo.pop_all()
 
 
 def disable_sla(pipe_or_transformer: Any) -> None:

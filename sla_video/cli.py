@@ -16,6 +16,17 @@ import typer
 
 from sla_video import __version__, cli_finetune
 from sla_video.cli_calibrate import calibrate
+from sla_video.cli_options import (
+    DenseSteps,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    Model,
+    Offload,
+    Prompts,
+    Width,
+)
 from sla_video.console import PROGRAM, run_command, set_up_messages
 from sla_video.pipelines.errors import InputError
 
@@ -26,12 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:N or mps.  [default: a GPU if there is one]")
-]
-_Dtype = Annotated[
-    str | None, typer.Option(help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]")
-]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -71,16 +76,8 @@ def generate(
         list[str] | None,
         typer.Argument(help="What the video shows; several prompts make several videos."),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Read the prompts from a text file, one a line."),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="The embedded tiny-wan, a folder of a Diffusers Wan pipeline, or a hub id."
-        ),
-    ] = "tiny-wan",
+    prompts: Prompts = None,
+    model: Model = "tiny-wan",
     routers: Annotated[
         str | None,
         typer.Option(
@@ -98,10 +95,7 @@ def generate(
     dense: Annotated[
         bool, typer.Option("--dense", help="Use the model's own full attention, to compare.")
     ] = False,
-    dense_steps: Annotated[
-        int | None,
-        typer.Option(help="First steps with full attention.  [default: the model's own]"),
-    ] = None,
+    dense_steps: DenseSteps = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
     ] = None,
@@ -115,16 +109,9 @@ def generate(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What the video should not show; needs guidance.")
     ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(help="Number of frames, 4k+1 for Wan.  [default: the model's own]"),
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Height in pixels.  [default: the model's own]")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Width in pixels.  [default: the model's own]")
-    ] = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
     fps: Annotated[
         float | None, typer.Option(help="Frames a second.  [default: the model's own]")
     ] = None,
@@ -133,12 +120,9 @@ def generate(
         typer.Option(help="Seed of the first video; each next one adds 1.  [default: random]"),
     ] = None,
     num_videos: Annotated[int, typer.Option(help="Videos of each prompt.")] = 1,
-    device: _Device = None,
-    dtype: _Dtype = None,
-    offload: Annotated[
-        bool,
-        typer.Option("--offload", help="Keep idle parts of the model in host memory (slower)."),
-    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -231,8 +215,8 @@ def bench(
         bool | None,
         typer.Option(help="Also time 8192 to 524288 tokens.  [default: on a GPU without a shape]"),
     ] = None,
-    device: _Device = None,
-    dtype: _Dtype = None,
+    device: Device = None,
+    dtype: Dtype = None,
     repeats: Annotated[
         int | None,
         typer.Option(help="Timed runs; medians are shown.  [default: 5; on a GPU for seconds]"),

@@ -7,6 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from sla_video.cli_options import (
+    DenseSteps,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    Model,
+    Offload,
+    Prompts,
+    Width,
+)
 from sla_video.pipelines.errors import InputError
 
 
@@ -18,16 +29,8 @@ def calibrate(
             "scenes of its world]"
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Read the prompts from a text file, one a line."),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="The embedded tiny-wan, a folder of a Diffusers Wan pipeline, or a hub id."
-        ),
-    ] = "tiny-wan",
+    prompts: Prompts = None,
+    model: Model = "tiny-wan",
     sparsity: Annotated[
         list[float] | None,
         typer.Option(
@@ -73,10 +76,7 @@ def calibrate(
         list[int] | None,
         typer.Option(help="Layer that keeps full attention, -1 for the last; may be repeated."),
     ] = None,
-    dense_steps: Annotated[
-        int | None,
-        typer.Option(help="First steps with full attention.  [default: the model's own]"),
-    ] = None,
+    dense_steps: DenseSteps = None,
     capture_steps: Annotated[
         int, typer.Option(help="Denoising steps captured of each prompt.")
     ] = 4,
@@ -90,16 +90,9 @@ def calibrate(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What the videos should not show; needs guidance.")
     ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(help="Number of frames, 4k+1 for Wan.  [default: the model's own]"),
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Height in pixels.  [default: the model's own]")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Width in pixels.  [default: the model's own]")
-    ] = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
     memory: Annotated[
         float,
         typer.Option(
@@ -116,18 +109,9 @@ def calibrate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of noise and samples.")] = 0,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:N or mps.  [default: a GPU if there is one]"),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]"),
-    ] = None,
-    offload: Annotated[
-        bool,
-        typer.Option("--offload", help="Keep idle parts of the model in host memory (slower)."),
-    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace routers that exist.")
     ] = False,

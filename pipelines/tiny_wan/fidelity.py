@@ -17,7 +17,6 @@ from diffusers import WanPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla_video.kernels.api import exact_recall, sla2_attention
 from sla_video.pipelines.handle import SLAHandle
 from sla_video.pipelines.processor import SLAAttnProcessor
 from sla_video.pipelines.tiny_wan.evaluate import HELD_OUT_SEED, held_out_prompts
@@ -81,7 +80,7 @@ def make_probe(pipe: WanPipeline, clips: int = 8, size: int = FRAME_SIZE) -> Pro
 
 @torch.no_grad()
 def measure_fidelity(pipe: WanPipeline, handle: SLAHandle, probe: Probe) -> dict[str, Any]:
-    """What the patch costs on the probe.
+    """What the patch costs on the probe. Starts the statistics of `handle` anew.
 
     Returns:
         `velocity_error`: relative L2 distance of the velocity to the dense model's.
@@ -89,7 +88,9 @@ def measure_fidelity(pipe: WanPipeline, handle: SLAHandle, probe: Probe) -> dict
         that the patched model has. `attention_rel_l1_by_layer`: of each layer.
         `recall`: softmax mass of the selected tokens, exact, mean over layers.
     """
+    handle.reset_stats()
     with ExitStack() as stack:
+        stack.enter_context(handle.recording(exact_recall=True))
         watched = {
             name: stack.enter_context(_watch(processor))
             for name, processor in handle.processors.items()
@@ -103,11 +104,10 @@ def measure_fidelity(pipe: WanPipeline, handle: SLAHandle, probe: Probe) -> dict
         )
     error = torch.sqrt(wrong / probe.velocity.square().sum())
     rel_l1 = {name: float(sum(w.distance) / sum(w.size)) for name, w in watched.items()}
-    recall = [float(torch.stack(w.recall).mean()) for w in watched.values()]
     return {
         "velocity_error": float(error),
         "attention_rel_l1": sum(rel_l1.values()) / len(rel_l1),
-        "recall": sum(recall) / len(recall),
+        "recall": handle.stats().recall,
         "attention_rel_l1_by_layer": rel_l1,
     }
 
@@ -120,14 +120,13 @@ class _Watched:
     def __init__(self) -> None:
         self.distance: list[Tensor] = []
         self.size: list[Tensor] = []
-        self.recall: list[Tensor] = []
 
 
 @contextmanager
 def _watch(processor: SLAAttnProcessor) -> Iterator[_Watched]:
     """Within the block, compare the operator of one layer with full attention."""
     seen = _Watched()
-    operator = processor._operator
+    operator, replaced = processor._operator, vars(processor).get("_operator")
 
     def watched(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = operator(query, key, value)
@@ -135,10 +134,6 @@ def _watch(processor: SLAAttnProcessor) -> Iterator[_Watched]:
         full = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         seen.distance.append((output.float() - full.float()).abs().sum())
         seen.size.append(full.float().abs().sum())
-        _, lse = sla2_attention(
-            query, key, value, processor.router, return_lse=True, **processor.operator_options
-        )
-        seen.recall.append(exact_recall(query, key, lse).mean())
         return output
 
     processor._operator = watched  # type: ignore[method-assign]
@@ -146,6 +141,8 @@ def _watch(processor: SLAAttnProcessor) -> Iterator[_Watched]:
         yield seen
     finally:
         del processor._operator
+        if replaced is not None:
+            processor._operator = replaced  # type: ignore[method-assign]
 
 
 def _velocities(pipe: WanPipeline, probe: Probe) -> Iterator[Tensor]:

@@ -1,0 +1,37 @@
+"""Options that several commands have, in one wording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Prompts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Read the prompts from a text file, one a line."),
+]
+Model = Annotated[
+    str,
+    typer.Option(help="The embedded tiny-wan, a folder of a Diffusers Wan pipeline, or a hub id."),
+]
+DenseSteps = Annotated[
+    int | None,
+    typer.Option(help="First steps with full attention.  [default: the model's own]"),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(help="Number of frames, 4k+1 for Wan.  [default: the model's own]"),
+]
+Height = Annotated[int | None, typer.Option(help="Height in pixels.  [default: the model's own]")]
+Width = Annotated[int | None, typer.Option(help="Width in pixels.  [default: the model's own]")]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Keep idle parts of the model in host memory (slower)."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N or mps.  [default: a GPU if there is one]")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]")
+]
