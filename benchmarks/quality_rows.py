@@ -69,3 +69,12 @@ ROWS = {
         calibration={}, training={"sparse_dtype": "int8_fp8"}, judged_in="int8_fp8"
     ),
 }
+# Rows that tell methods apart, rather than settings of one.
+METHODS = (
+    DISTILLED,
+    "SLA, stage 2",
+    "sparse only, stage 2",
+    "SLA2 training-free",
+    "sparse only",
+    "SLA2 stage 1",
+)

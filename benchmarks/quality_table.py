@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_rows import ROWS, Row
+from quality_rows import METHODS, ROWS, Row
 from quality_training import starting_routers, train
 from sla_attention import install_sla, load_projections
 
@@ -59,10 +59,12 @@ class Table:
         """Train and judge what is not finished; dense attention first."""
         args = self.args
         # A row that is judged again in another format follows the one that trains it.
-        groups: dict[str, list[str]] = {}
-        for name in args.rows or ROWS:
-            groups.setdefault(ROWS[name].like or name, []).append(name)
-        work = [(s, names) for s in args.sparsity for names in groups.values()]
+        work = []
+        for place, sparsity in enumerate(args.sparsity):
+            groups: dict[str, list[str]] = {}
+            for name in METHODS if args.few and place else args.rows or ROWS:
+                groups.setdefault(ROWS[name].like or name, []).append(name)
+            work += [(sparsity, names) for names in groups.values()]
         index, count = (int(x) for x in args.shard.split("/"))
         failed = False
         for sparsity, names in work[index::count]:
@@ -193,6 +195,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="default: all")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.97, 0.95, 0.9, 0.8])
+    parser.add_argument(
+        "--few",
+        action="store_true",
+        help="at all sparsities but the first only the rows that tell methods apart",
+    )
     parser.add_argument("--steps", type=int, default=400, help="of stage 2")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--world-clips", type=int, default=4096)
