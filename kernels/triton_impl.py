@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sla_video.kernels.context import Context, with_context
 from sla_video.kernels.options import Options, most_selected
 from sla_video.kernels.router import Router
 from sla_video.kernels.triton_autograd import mixed_attention
@@ -36,6 +37,7 @@ def sla2_triton(
     options: Options,
     *,
     need_lse: bool,
+    context: Context | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SLA2 (arXiv 2602.12675) on `[B, L, H, D]`; see `sla2_attention`, which checks arguments.
 
@@ -69,15 +71,24 @@ def sla2_triton(
     key, key_means = with_block_means(key, statistics.key_means, block_k)
     statistics = statistics._replace(query_means=query_means, key_means=key_means)
     num_k = key_means.shape[2]
+    want_lse = need_lse or context is not None
+    alpha: Tensor | None
     if options.selection == "soft_top_k" and most_selected(options, num_k) < num_k:
-        return soft_attention(query, key, value, statistics, router, options, need_lse=need_lse)
-    plan = plan_blocks(
-        statistics.query_means,
-        statistics.key_means,
-        statistics.key_mean,
-        query.shape[1],
-        router,
-        options,
-        value.dtype,
-    )
-    return mixed_attention(query, key, value, statistics, plan, options, need_lse=need_lse)
+        out, lse, alpha = soft_attention(
+            query, key, value, statistics, router, options, need_lse=want_lse
+        )
+    else:
+        plan = plan_blocks(
+            statistics.query_means,
+            statistics.key_means,
+            statistics.key_mean,
+            query.shape[1],
+            router,
+            options,
+            value.dtype,
+        )
+        alpha = plan.alpha
+        out, lse = mixed_attention(query, key, value, statistics, plan, options, need_lse=want_lse)
+    if context is not None and lse is not None:
+        out = with_context(query, out, lse, alpha, block_q, context)
+    return out, lse if need_lse else None
