@@ -1,10 +1,10 @@
-"""SoftTop-k, which trains routers: error on captured inputs, time and memory of forward and backward.
+"""SoftTop-k, which trains routers: error on captured inputs, time and memory of both passes.
 
     python benchmarks/soft_top_k.py --json soft.json
     python benchmarks/soft_top_k.py --dry-run       in Triton's interpreter, on the CPU
 
-Errors are relative L2 distances to the float64 reference, beside those that the reference itself has
-when the inputs, O and dO are rounded to bfloat16.
+Errors are relative L2 distances to the float64 reference, beside those that the reference itself
+has when the inputs, O and dO are rounded to bfloat16.
 """
 
 from __future__ import annotations
