@@ -176,11 +176,24 @@ class SLAAttnProcessor(nn.Module):
                 return self.original(attn, hidden_states, *args, **kwargs)
             return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
-    def _operate(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _operate(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        context: tuple[torch.Tensor, torch.Tensor] | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         self._follow(query.device)
-        if self.attention is not None:
-            return self.attention(self, query, key, value)
-        return self._operator(query, key, value)
+        if self.attention is None:
+            return self._operator(query, key, value, context, context_mask)
+        if context is not None:
+            raise ValueError(
+                f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
+                "attend to each other, and training knows video alone"
+            )
+        return self.attention(self, query, key, value)
 
     def sla2(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
@@ -192,7 +205,12 @@ class SLAAttnProcessor(nn.Module):
         return output
 
     def _operator(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: tuple[torch.Tensor, torch.Tensor] | None = None,
+        context_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
@@ -206,6 +224,8 @@ class SLAAttnProcessor(nn.Module):
             value,
             self.router,
             return_lse=recall,
+            context=context,
+            context_mask=context_mask,
             **self.operator_options,
         )
         if not isinstance(result, tuple):

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from sla_video.pipelines.families.chronoedit import CHRONOEDIT
+from sla_video.pipelines.families.cogvideox import COGVIDEOX
+from sla_video.pipelines.families.easyanimate import EASYANIMATE
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.families.hunyuan import HUNYUAN
+from sla_video.pipelines.families.hunyuan15 import HUNYUAN15
+from sla_video.pipelines.families.mochi import MOCHI
 from sla_video.pipelines.families.skyreels import SKYREELS
 from sla_video.pipelines.families.wan import WAN
 from sla_video.pipelines.families.wan_animate import WAN_ANIMATE
 
-FAMILIES: tuple[Family, ...] = (WAN, WAN_ANIMATE, CHRONOEDIT, SKYREELS)
+FAMILIES: tuple[Family, ...] = (
+    WAN,
+    WAN_ANIMATE,
+    CHRONOEDIT,
+    SKYREELS,
+    HUNYUAN,
+    HUNYUAN15,
+    COGVIDEOX,
+    MOCHI,
+    EASYANIMATE,
+)
 
 
 def family_of(transformer: object) -> Family:

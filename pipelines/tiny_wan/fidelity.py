@@ -128,15 +128,15 @@ def _watch(processor: SLAAttnProcessor) -> Iterator[_Watched]:
     seen = _Watched()
     operator, replaced = processor._operator, vars(processor).get("_operator")
 
-    def watched(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = operator(query, key, value)
+    def watched(query: Tensor, key: Tensor, value: Tensor, *context: Any) -> Tensor:
+        output = operator(query, key, value, *context)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         full = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         seen.distance.append((output.float() - full.float()).abs().sum())
         seen.size.append(full.float().abs().sum())
         return output
 
-    processor._operator = watched  # type: ignore[method-assign]
+    processor._operator = watched  # type: ignore[assignment,method-assign]
     try:
         yield seen
     finally:
