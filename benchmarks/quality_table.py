@@ -12,28 +12,21 @@ not done again, so that a run may be stopped at any time. Several GPUs share the
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from sla_attention import install_sla, load_projections, save_projections
+from quality_rows import METHODS, ROWS, Row
+from quality_training import starting_routers, train
+from sla_attention import install_sla, load_projections
 
-from sla_video.calibration import student as student_module
-from sla_video.calibration.calibrate import calibrate
-from sla_video.calibration.calibration_request import CalibrationRequest, world_prompts
-from sla_video.calibration.finetune import finetune
-from sla_video.calibration.finetune_config import FinetuneConfig
 from sla_video.pipelines.handle import SLAHandle
 from sla_video.pipelines.patching import enable_sla
-from sla_video.pipelines.router_files import load_routers, save_routers
 from sla_video.pipelines.tiny_wan import adherence, evaluate, fidelity
 from sla_video.pipelines.tiny_wan.flow_matching import spread_rotary_positions
 from sla_video.pipelines.tiny_wan.models import GUIDANCE_SCALE, STEPS, TEXT_POSITIONS
@@ -52,68 +45,6 @@ COLUMNS = {
     "all": ("all", 1),
     "seconds_per_video": ("ms", 1000),
 }
-_SPARSE_ONLY = 40.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way to attend.
-
-    Attributes:
-        calibration: changes to stage 1; None for training-free routers.
-        training: changes to stage 2; None for no training.
-        mix: a fixed mix weight, as its logit; None for the routers' own.
-        sla: a projection of the linear branch over all keys is added, as in SLA.
-        judged_in: number format of the sparse branch.
-        like: the row whose trained routers are judged here.
-    """
-
-    calibration: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
-    mix: float | None = None
-    sla: bool = False
-    judged_in: str = "bf16"
-    like: str | None = None
-
-
-def _ssa(sides: str) -> Row:
-    return Row(calibration={}, training={"loss": "ssa", "alignment": sides})
-
-
-# Of stage 2, where a row says nothing else.
-TRAINING: dict[str, Any] = {
-    "trainable": "lora",
-    "loss": "distill",
-    "levels": "uniform",
-    "guidance": GUIDANCE_SCALE,
-    "lora_rank": 64,
-    "learning_rate": 1e-3,
-    "ema": 0.99,
-}
-DISTILLED = "SLA2 stage 2"
-ROWS = {
-    "sparse only": Row(mix=_SPARSE_ONLY),
-    "SLA2 training-free": Row(),
-    "SLA2 stage 1": Row(calibration={}),
-    DISTILLED: Row(calibration={}, training={}),
-    "sparse only, stage 2": Row(mix=_SPARSE_ONLY, training={"train_alpha": False}),
-    "SLA, stage 2": Row(sla=True, mix=_SPARSE_ONLY, training={}),
-    "SLA2 stage 2, heuristic router": Row(calibration={"trainable": "alpha"}, training={}),
-    "SLA2 stage 2, alpha 1/2": Row(calibration={}, mix=0.0, training={"train_alpha": False}),
-    "SLA2 stage 2, diffusion loss": Row(calibration={}, training={"loss": "flow", "guidance": 0.0}),
-    "SLA2 stage 2, SSA": _ssa("both"),
-    "SLA2 stage 2, SSA of the full side": _ssa("full"),
-    "SLA2 stage 2, SSA of the sparse side": _ssa("sparse"),
-    "SLA2 stage 2, alpha per block": Row(calibration={"alpha": "per_block"}, training={}),
-    "SLA2 stage 2, raw keys in phi": Row(calibration={"phi_k": "raw"}, training={}),
-    "SLA2 stage 2, router per head": Row(calibration={"router_per_head": True}, training={}),
-    "INT8 after training": Row(like=DISTILLED, judged_in="int8"),
-    "INT8 and FP8 after training": Row(like=DISTILLED, judged_in="int8_fp8"),
-    "INT8 in training": Row(calibration={}, training={"sparse_dtype": "int8"}, judged_in="int8"),
-    "INT8 and FP8 in training": Row(
-        calibration={}, training={"sparse_dtype": "int8_fp8"}, judged_in="int8_fp8"
-    ),
-}
 
 
 class Table:
@@ -128,95 +59,46 @@ class Table:
         """Train and judge what is not finished; dense attention first."""
         args = self.args
         # A row that is judged again in another format follows the one that trains it.
-        groups: dict[str, list[str]] = {}
-        for name in args.rows or ROWS:
-            groups.setdefault(ROWS[name].like or name, []).append(name)
-        work = [(s, names) for s in args.sparsity for names in groups.values()]
+        work = []
+        for place, sparsity in enumerate(args.sparsity):
+            groups: dict[str, list[str]] = {}
+            for name in METHODS if args.few and place else args.rows or ROWS:
+                groups.setdefault(ROWS[name].like or name, []).append(name)
+            work += [(sparsity, names) for names in groups.values()]
         index, count = (int(x) for x in args.shard.split("/"))
+        failed = False
         for sparsity, names in work[index::count]:
             for name in names:
-                folder = self.folder(name, sparsity)
-                if (folder / "report.json").is_file():
-                    continue
-                started = time.monotonic()
-                self.make(ROWS[name], sparsity, self.folder(ROWS[name].like or name, sparsity))
-                trained = time.monotonic()
-                report = self.judge(ROWS[name], sparsity, name)
-                report |= {"row": name, "sparsity": sparsity, "seed": args.seed}
-                report |= {"steps": args.steps, "seconds_to_train": trained - started}
-                write(folder / "report.json", report)
-                print(f"{trained - started:5.0f} s, {line(report)}", flush=True)
+                try:
+                    self._make(name, sparsity)
+                except Exception:
+                    # The other rows do not need this one.
+                    print(f"{name} at {sparsity:g}: {traceback.format_exc()}", flush=True)
+                    failed = True
+        if failed:
+            raise SystemExit(1)
+
+    def _make(self, name: str, sparsity: float) -> None:
+        """Train a row as it asks, and judge it, unless that is done."""
+        args, row = self.args, ROWS[name]
+        folder = self.folder(name, sparsity)
+        if (folder / "report.json").is_file():
+            return
+        started = time.monotonic()
+        trained_as = row.like or name
+        if ROWS[trained_as].training is not None:
+            train(ROWS[trained_as], sparsity, args, self.folder(trained_as, sparsity))
+        trained = time.monotonic()
+        report = self.judge(row, sparsity, name)
+        report |= {"row": name, "sparsity": sparsity, "seed": args.seed}
+        report |= {"steps": args.steps, "seconds_to_train": trained - started}
+        write(folder / "report.json", report)
+        print(f"{trained - started:5.0f} s, {line(report)}", flush=True)
 
     def folder(self, name: str, sparsity: float) -> Path:
         """Where everything of a row lies."""
         plain = "".join(c if c.isalnum() else "-" for c in name)
         return Path(self.args.out) / f"{plain}@{sparsity:g}-seed{self.args.seed}"
-
-    def make(self, row: Row, sparsity: float, folder: Path) -> None:
-        """The routers of a row, unless they are there."""
-        if row.like is not None:
-            row = ROWS[row.like]
-        if not (folder / "start" / "routers.json").is_file():
-            self._start(row, sparsity, folder / "start")
-        if row.training is None or (folder / "run" / "routers" / "routers.json").is_file():
-            return
-        args = self.args
-        settings = {**TRAINING, **row.training}
-        # What a run that was stopped has left.
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        torch._dynamo.reset()
-        with _as_sla(row.sla) as handles:
-            finetune(
-                FinetuneConfig(
-                    out=folder / "run",
-                    model=args.model,
-                    routers=str(folder / "start"),
-                    sparsity=(sparsity,),
-                    max_steps=args.steps,
-                    batch_size=args.batch_size,
-                    world_clips=args.world_clips,
-                    encode_batch=16,
-                    height=args.size,
-                    width=args.size,
-                    warmup_steps=min(50, args.steps // 4),
-                    save_every=10**6,
-                    log_every=200,
-                    seed=args.seed,
-                    **settings,
-                )
-            )
-        if row.sla:
-            save_projections(handles[0], folder / "projections.safetensors")
-
-    def _start(self, row: Row, sparsity: float, out: Path) -> None:
-        """Routers before stage 2."""
-        args = self.args
-        if row.calibration is None:
-            pipe = evaluate.load_pipeline(args.model, None, "ema")
-            with enable_sla(pipe.transformer, sparsity=sparsity) as handle:
-                save_routers(out, handle)
-        else:
-            calibrate(
-                CalibrationRequest(
-                    out=out,
-                    prompts=world_prompts(args.calibration_prompts, args.seed),
-                    model=args.model,
-                    sparsities=(sparsity,),
-                    steps=args.calibration_steps,
-                    height=args.size,
-                    width=args.size,
-                    seed=args.seed,
-                    overwrite=True,
-                    **row.calibration,
-                )
-            )
-        if row.mix is not None:
-            routers = load_routers(out)
-            with torch.no_grad():
-                for router in routers.routers.values():
-                    router.alpha_scale.zero_()
-                    router.alpha_bias.fill_(row.mix)
-            save_routers(out, routers)
 
     def judge(self, row: Row, sparsity: float, name: str) -> dict[str, Any]:
         """What the held-out prompts say of a row."""
@@ -225,8 +107,9 @@ class Table:
             write(Path(self.args.out) / "dense.json", {"row": "dense", **self._judge.dense})
             print(f"        {line({'row': 'dense', **self._judge.dense})}", flush=True)
         folder = self.folder(row.like or name, sparsity)
-        trained = ROWS[row.like].training if row.like else row.training
-        routers = folder / "start" if trained is None else folder / "run" / "routers"
+        routers = folder / "run" / "routers"
+        if row.like is None and row.training is None:
+            routers = starting_routers(row, sparsity, self.args)
         handle = enable_sla(
             self._judge.pipe,
             routers,
@@ -275,26 +158,6 @@ class _Judge:
         return report | fidelity.measure_fidelity(self.pipe, handle, self.probe)
 
 
-@contextmanager
-def _as_sla(wanted: bool) -> Iterator[list[SLAHandle]]:
-    """Within the block a training that begins is one of SLA; its handle is in the list."""
-    handles: list[SLAHandle] = []
-    original = student_module._patch
-
-    def patch(transformer: Any, config: Any) -> SLAHandle:
-        handle = original(transformer, config)
-        if wanted:
-            install_sla(handle)
-        handles.append(handle)
-        return handle
-
-    student_module._patch = patch
-    try:
-        yield handles
-    finally:
-        student_module._patch = original
-
-
 def write(path: Path, value: Any) -> None:
     """JSON, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,6 +195,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="default: all")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.97, 0.95, 0.9, 0.8])
+    parser.add_argument(
+        "--few",
+        action="store_true",
+        help="at all sparsities but the first only the rows that tell methods apart",
+    )
     parser.add_argument("--steps", type=int, default=400, help="of stage 2")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--world-clips", type=int, default=4096)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sla_video.pipelines.errors import InputError, is_out_of_memory
-from sla_video.pipelines.processor import project_in
+from sla_video.pipelines.families.wan import project_in
 from sla_video.pipelines.progress import Progress
 
 COMPONENTS = ("transformer", "transformer_2")

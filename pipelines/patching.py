@@ -14,6 +14,12 @@ from torch import nn
 from sla_video.config import Implementation, SLAConfig, SparseDtype
 from sla_video.kernels.api import available_implementations
 from sla_video.kernels.router import Router
+from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.families.registry import (
+    family_of,
+    find_family,
+    supported_transformers,
+)
 from sla_video.pipelines.handle import FirstStepsDense, SLAHandle, TransformerPatch
 from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
 from sla_video.pipelines.parallel import Ulysses
@@ -24,8 +30,6 @@ from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 logger = logging.getLogger("sla_video")
 
 _COMPONENTS = ("transformer", "transformer_2")
-_SUPPORTED = ("WanTransformer3DModel", "WanVACETransformer3DModel")
-_BLOCK_LISTS = ("blocks", "vace_blocks")
 # Settings that routers are trained for: other values would make them choose worse in silence.
 _TRAINED_SETTINGS = (
     "block_q",
@@ -49,13 +53,13 @@ def enable_sla(
     config: SLAConfig | None = None,
     component: str = "transformer",
 ) -> SLAHandle:
-    """Replace the self-attention of a Wan pipeline or transformer by SLA2.
+    """Replace the self-attention of a video pipeline or transformer by SLA2.
 
     Only the given instances are changed. Cross-attention stays as it is. In a pipeline both
     `transformer` and `transformer_2` are patched.
 
     Args:
-        pipe_or_transformer: a Diffusers Wan pipeline, or one of its transformers.
+        pipe_or_transformer: a Diffusers pipeline, or one of its transformers; classes: `families/`.
         routers: a folder of `save_routers`, a hub id, or what `load_routers` returned. None is the
             training-free mode.
         sparsity: share of the key blocks left to the linear branch, in [0, 1): one for all layers,
@@ -78,8 +82,9 @@ def enable_sla(
             with other blocks, or a kind of parallelism other than Ulysses in use.
     """
     transformers = _find_transformers(pipe_or_transformer, component)
+    families = {name: family_of(transformer) for name, transformer in transformers.items()}
     for name, transformer in transformers.items():
-        _check_patchable(name, transformer)
+        _check_patchable(name, transformer, families[name])
     router_set = routers if isinstance(routers, RouterSet) or routers is None else None
     if routers is not None and router_set is None:
         if not isinstance(routers, (str, os.PathLike)):
@@ -119,14 +124,14 @@ def enable_sla(
         identities[name] = ModelIdentity.of(transformer)
         if router_set is not None:
             router_set.check_fits(name, identities[name])
-        layers = _self_attention_layers(transformer)
+        layers = families[name].layers(transformer)
         if isinstance(sparsity, Sequence) and len(sparsity) != len(layers):
             raise ValueError(
                 f"`sparsity` must hold one value for each of the {len(layers)} layers of "
                 f"{name!r}, got {len(sparsity)}"
             )
         switch = DenseSwitch()
-        processors = _make_processors(name, layers, settings, router_set, switch)
+        processors = _make_processors(name, families[name], layers, settings, router_set, switch)
         hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
         prepared.append((transformer, TransformerPatch(layers, switch), processors, hook))
     if router_set is not None:
@@ -181,37 +186,20 @@ def _find_transformers(model: Any, component: str) -> dict[str, nn.Module]:
         }
     # `torch.compile(transformer)` wraps it.
     found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
-    wrong = {name: type(m).__name__ for name, m in found.items() if not _is_supported(m)}
+    wrong = {name: type(m).__name__ for name, m in found.items() if find_family(m) is None}
     if not found or wrong:
         holds = "".join(f" with a {name} {kind}" for name, kind in wrong.items() if kind) or (
             " without a transformer"
         )
         got = type(model).__name__ + ("" if isinstance(model, nn.Module) else holds)
         raise TypeError(
-            f"SLA attention supports Diffusers pipelines with a {' or '.join(_SUPPORTED)}, and "
-            f"these transformers themselves; got {got}"
+            f"SLA attention supports {', '.join(supported_transformers())} of Diffusers, and the "
+            f"pipelines that have one; got {got}"
         )
     return found
 
 
-def _is_supported(transformer: object) -> bool:
-    import diffusers
-
-    return isinstance(transformer, tuple(getattr(diffusers, name) for name in _SUPPORTED))
-
-
-def _self_attention_layers(transformer: nn.Module) -> dict[str, Any]:
-    """ "blocks.0.attn1" -> module, over all blocks and then all control blocks."""
-    return {
-        f"{blocks}.{index}.attn1": block.attn1
-        for blocks in _BLOCK_LISTS
-        for index, block in enumerate(getattr(transformer, blocks, ()))
-    }
-
-
-def _check_patchable(name: str, transformer: nn.Module) -> None:
-    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-
+def _check_patchable(name: str, transformer: nn.Module, family: Family) -> None:
     if TransformerPatch.of(transformer) is not None:
         raise ValueError(
             f"SLA attention is already enabled in {name!r}: call `disable_sla` (or the handle's "
@@ -219,13 +207,20 @@ def _check_patchable(name: str, transformer: nn.Module) -> None:
         )
     # Raises for kinds of parallelism in which SLA attention is not exact.
     Ulysses.of(getattr(transformer, "_parallel_config", None))
-    for layer_name, layer in _self_attention_layers(transformer).items():
+    for layer_name, layer in family.layers(transformer).items():
         processor = layer.processor
-        if type(processor) is not WanAttnProcessor:
+        if not _is_stock(processor, family):
             raise ValueError(
                 f"{name}.{layer_name} has the processor {type(processor).__name__}, and SLA "
-                "attention would drop what it adds: put WanAttnProcessor back first"
+                f"attention would drop what it adds: put {' or '.join(family.processors)} back "
+                "first"
             )
+
+
+def _is_stock(processor: object, family: Family) -> bool:
+    """By name: Diffusers has copies of a class in several of its modules, and moves them."""
+    kind = type(processor)
+    return kind.__name__ in family.processors and kind.__module__.startswith("diffusers.")
 
 
 def _sparsity_fields(
@@ -254,6 +249,7 @@ def _check_trained_settings(trained: SLAConfig, settings: SLAConfig) -> None:
 
 def _make_processors(
     component: str,
+    family: Family,
     layers: Mapping[str, Any],
     settings: SLAConfig,
     router_set: RouterSet | None,
@@ -264,20 +260,19 @@ def _make_processors(
     for (name, layer), sparsity in zip(layers.items(), plan, strict=True):
         router = None
         if sparsity is not None:
-            router = _make_router(f"{component}.{name}", layer, settings, router_set)
+            router = _make_router(f"{component}.{name}", family, layer, settings, router_set)
         processors[name] = SLAAttnProcessor(
-            layer.processor, router, settings, sparsity=sparsity, switch=switch
+            family, layer.processor, router, settings, sparsity=sparsity, switch=switch
         )
     return processors
 
 
 def _make_router(
-    name: str, layer: Any, settings: SLAConfig, router_set: RouterSet | None
+    name: str, family: Family, layer: Any, settings: SLAConfig, router_set: RouterSet | None
 ) -> Router:
     if router_set is None:
         router = Router(
-            layer.heads,
-            layer.inner_dim // layer.heads,
+            *family.heads_and_dim(layer),
             per_head=settings.router_per_head,
             alpha=settings.alpha,
             num_query_blocks=settings.num_query_blocks,
@@ -289,5 +284,5 @@ def _make_router(
             f"there is no router for {name}: it was dense in training; "
             "name it in `dense_layers`, or train routers for all layers"
         )
-    weight = layer.to_out[0].weight
+    weight = next(layer.parameters())
     return router if weight.is_meta else router.to(weight.device)

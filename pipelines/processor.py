@@ -1,8 +1,8 @@
-"""SLA2 as an attention processor of Diffusers' Wan self-attention.
+"""SLA2 as an attention processor of Diffusers' self-attention.
 
-Follows `diffusers.models.transformers.transformer_wan.WanAttnProcessor` step by step: projections
-(fused or not), RMSNorm over all heads, head split, rotary embedding, attention, output projection.
-Only the attention itself differs. Letters: B batch, H heads, L tokens, D head dimension.
+The steps around the attention are those of the stock processor and differ from family to family of
+models (`families/`). Only the attention itself is ours. Letters: B batch, H heads, L tokens, D head
+dimension.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sla_video.config import SLAConfig
 from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
+from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.stats import LayerRecorder, router_estimate
@@ -37,7 +38,7 @@ class DenseSwitch:
 
     def __init__(self) -> None:
         self.first_steps = False
-        self.warned_of_mask = False
+        self.warned_of: set[str] = set()
         self._forced = 0
 
     @property
@@ -56,7 +57,7 @@ class DenseSwitch:
 
 
 class SLAAttnProcessor(nn.Module):
-    """Replaces the processor of one `attn1`; everything that is not SLA2 goes to `original`.
+    """Replaces the processor of one self-attention; everything that is not SLA2 goes to `original`.
 
     The router is deliberately not a submodule. So it is in none of the transformer's
     `parameters()` and `state_dict()`: `add_adapter` and `requires_grad_(False)` do not freeze it,
@@ -64,6 +65,7 @@ class SLAAttnProcessor(nn.Module):
     take its weights away. It follows the transformer to other devices, but never to another dtype.
 
     Args:
+        family: how models of this kind compute self-attention.
         original: the stock processor, used for dense calls and put back afterwards.
         router: learned parameters of the layer; unused when `sparsity` is None.
         config: settings of the operator.
@@ -73,6 +75,7 @@ class SLAAttnProcessor(nn.Module):
 
     def __init__(
         self,
+        family: Family,
         original: Any,
         router: Router | None,
         config: SLAConfig,
@@ -83,7 +86,11 @@ class SLAAttnProcessor(nn.Module):
         super().__init__()
         if router is None and sparsity is not None:
             raise ValueError("a layer that is not dense needs a router")
+        self.family = family
         self.original = original
+        # Some attention modules drop what the signature of `processor.__call__` does not name. They
+        # look at this one; a call of the processor goes to the one of the class.
+        self.__call__ = original.__call__
         # A tuple hides the module from `nn.Module.__setattr__`, which would register it.
         self._held_router = (router,)
         self.sparsity = sparsity
@@ -139,6 +146,11 @@ class SLAAttnProcessor(nn.Module):
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
+        if config is not None and not hasattr(self.original, "_parallel_config"):
+            raise ValueError(
+                f"Diffusers' {type(self.original).__name__} does not support context parallelism, "
+                "which calls that run dense would need: run on one device"
+            )
         self._ulysses = self._check_parallel(config)
         self.original._parallel_config = config
 
@@ -161,55 +173,32 @@ class SLAAttnProcessor(nn.Module):
             router._apply(keep_dtype)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def forward(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Self-attention of `hidden_states` `[B, L, H*D]`, to the same shape.
+    def forward(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the stock processor takes, and in the same shapes what it gives.
 
-        `rotary_emb` is (cos, sin), each `[1, L, 1, D]`. Calls with an attention mask or with
-        another sequence's keys go to the stock processor.
+        Calls that SLA attention does not support go to the stock processor.
         """
-        if attention_mask is not None:
-            self._warn_of_mask()
+        reason = self.family.why_dense(attn, hidden_states, *args, **kwargs)
+        if reason is not None:
+            self._warn_of(reason)
         check_not_fused(attn)
-        dense = (
-            self.sparsity is None
-            or self.switch.dense
-            or attention_mask is not None
-            or encoder_hidden_states is not None
-        )
+        dense = self.sparsity is None or self.switch.dense or reason is not None
         # Compiled code cannot count: its graph would break, or be made anew for each number.
         recording = (
             nullcontext()
             if torch.compiler.is_compiling()
             else self.recorder.call(hidden_states.device, dense=dense)
         )
-        output: torch.Tensor
         with recording:
             if dense:
-                output = self.original(
-                    attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
-                )
-            else:
-                output = self._attend(attn, hidden_states, rotary_emb)
-        return output
+                return self.original(attn, hidden_states, *args, **kwargs)
+            return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
-    def _attend(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        query, key, value = project_in(attn, hidden_states, rotary_emb)
+    def _operate(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self._follow(query.device)
         if self._ulysses is None:
-            return project_out(attn, self._run(query, key, value))
-        return project_out(attn, self._ulysses.attend(self._run, query, key, value))
+            return self._run(query, key, value)
+        return self._ulysses.attend(self._run, query, key, value)
 
     def _run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
@@ -271,70 +260,15 @@ class SLAAttnProcessor(nn.Module):
         if router is not None and router.query_proj.device != device:
             router.to(device)
 
-    def _warn_of_mask(self) -> None:
-        if self.switch.warned_of_mask or torch.compiler.is_compiling():
+    def _warn_of(self, reason: str) -> None:
+        if reason in self.switch.warned_of or torch.compiler.is_compiling():
             return
-        self.switch.warned_of_mask = True
+        self.switch.warned_of.add(reason)
         logger.warning(
-            "self-attention was called with an attention mask, which SLA attention does not "
-            "support: such calls run dense"
+            "self-attention was called with %s, which SLA attention does not support: such calls "
+            "run dense",
+            reason,
         )
 
     def extra_repr(self) -> str:
         return f"sparsity={self.sparsity}, router={self.router}"
-
-
-def project_in(
-    attn: Any,
-    hidden_states: torch.Tensor,
-    rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value `[B, L, H, D]` of `[B, L, H*D]`: projected, normed, rotated."""
-    if attn.fused_projections:
-        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-    else:
-        query = attn.to_q(hidden_states)
-        key = attn.to_k(hidden_states)
-        value = attn.to_v(hidden_states)
-    query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
-    key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-    value = value.unflatten(2, (attn.heads, -1))
-    if rotary_emb is not None:
-        query, key = rotate(query, key, *rotary_emb)
-    return query, key, value
-
-
-def project_out(attn: Any, output: torch.Tensor) -> torch.Tensor:
-    """`[B, L, H*D]` of the attention's output `[B, L, H, D]`."""
-    output = output.flatten(2, 3)
-    for module in attn.to_out:  # projection, dropout
-        output = module(output)
-    return output
-
-
-def rotate(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary embedding of neighbouring pairs. query, key `[B, L, H, D]`; cos, sin `[1, L, 1, D]`.
-
-    A pair (x1, x2) is the complex number x1 + i x2, turned by cos + i sin. As one complex product
-    it reads and writes the tensors once; Diffusers' formula takes eight times as long on a CPU.
-    """
-    # [1, L, 1, D/2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    if torch.compiler.is_compiling():
-        # The compiler fuses real arithmetic by itself, and has no code for complex numbers.
-        return _rotate_real(query, cos, sin), _rotate_real(key, cos, sin)
-    turn = torch.complex(cos.float(), sin.float())
-    return _rotate_complex(query, turn), _rotate_complex(key, turn)
-
-
-def _rotate_real(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    x1, x2 = states.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
-    return rotated.flatten(-2).type_as(states)
-
-
-def _rotate_complex(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).type_as(states)

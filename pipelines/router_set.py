@@ -13,28 +13,8 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.router import Router
+from sla_video.pipelines.families.registry import family_of
 from sla_video.pipelines.lora import LoraAdapter
-
-# The fields of a transformer's configuration that make its attention what it is. A fixed list:
-# releases of Diffusers add fields, and routers have to outlive that.
-_IDENTITY_FIELDS = (
-    "patch_size",
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "text_dim",
-    "freq_dim",
-    "ffn_dim",
-    "num_layers",
-    "cross_attn_norm",
-    "qk_norm",
-    "eps",
-    "image_dim",
-    "added_kv_proj_dim",
-    "vace_layers",
-    "vace_in_channels",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +31,10 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, transformer: nn.Module) -> ModelIdentity:
-        """The identity of a Diffusers transformer."""
+        """The identity of a Diffusers transformer; TypeError if it is of no supported class."""
+        fields = family_of(transformer).identity_fields
         config: Mapping[str, Any] = transformer.config  # type: ignore[assignment]
-        present = {name: config[name] for name in _IDENTITY_FIELDS if name in config}
+        present = {name: config[name] for name in fields if name in config}
         # Through JSON, so that a tuple equals the list that comes back from a file.
         return cls(family=type(transformer).__name__, fields=json.loads(json.dumps(present)))
 

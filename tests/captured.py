@@ -11,8 +11,8 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
+from sla_video.pipelines.families.wan import project_in
 from sla_video.pipelines.model_source import embedded_folder
-from sla_video.pipelines.processor import project_in
 
 PROMPT = "a red circle and a blue square; the red circle moves left"
 

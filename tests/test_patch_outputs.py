@@ -16,7 +16,9 @@ from diffusers.models.transformers.transformer_wan import (
 
 from sla_video import SLAConfig, disable_sla, enable_sla
 from sla_video.kernels.router import Router
-from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor, rotate
+from sla_video.pipelines.families.rotary import rotate
+from sla_video.pipelines.families.wan import WAN
+from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from tiny_models import (
     TEXT_DIM,
     TINY_CALL,
@@ -38,6 +40,7 @@ def run(model, inputs):
 
 def full_selection_processor(heads=2, head_dim=16, **changes):
     return SLAAttnProcessor(
+        WAN,
         WanAttnProcessor(),
         Router(heads, head_dim),
         EVERYTHING.replace(**changes),

@@ -65,7 +65,7 @@ def test_a_stale_handle_does_not_remove_a_newer_patch():
     ids=["module", "scheduler", "pipeline", "none"],
 )
 def test_wrong_models_are_told_which_are_supported(call, model, got):
-    with pytest.raises(TypeError, match="WanTransformer3DModel or WanVACE") as error:
+    with pytest.raises(TypeError, match="supports WanTransformer3DModel, WanVACE") as error:
         call(model)
     assert got in str(error.value)
 
@@ -118,3 +118,12 @@ def test_a_parallel_configuration_that_is_not_set_up_is_refused():
         with pytest.raises(ValueError, match=r"no process group yet.*enable_parallelism"):
             block.attn1.processor._parallel_config = config
         block.attn1.processor._parallel_config = None
+
+
+def test_a_stock_processor_that_knows_no_context_parallelism_is_refused():
+    model = build_tiny_transformer()
+    handle = enable_sla(model)
+    processor = handle.processors["transformer.blocks.0.attn1"]
+    processor.original = object()
+    with pytest.raises(ValueError, match="object does not support context parallelism"):
+        processor._parallel_config = ParallelConfig()

@@ -17,7 +17,8 @@ from sla_video.config import SLAConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import quality_table
-from quality_table import ROWS, TRAINING, line, print_table
+from quality_rows import ROWS, TRAINING
+from quality_table import line, print_table
 from sla_attention import install_sla
 
 from tiny_models import build_tiny_transformer

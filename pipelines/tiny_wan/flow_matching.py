@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
-from sla_video.pipelines.processor import project_in, project_out
+from sla_video.pipelines.families.wan import project_in, project_out
 from sla_video.pipelines.tiny_wan.data import TEXT_LENGTH
 from sla_video.pipelines.tiny_wan.models import TEXT_POSITIONS
 

@@ -1,0 +1,70 @@
+"""What `enable_sla` has to know of a family of Diffusers transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# (query, key, value) -> output, all `[B, L, H, D]`, in place of a processor's attention function.
+Operate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _heads_and_dim(attn: Any) -> tuple[int, int]:
+    return attn.heads, attn.inner_dim // attn.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Transformers whose self-attention is computed in the same steps.
+
+    Attributes:
+        name: for humans.
+        transformers: names of the classes in `diffusers`. A release that lacks one lacks it here.
+        processors: names of the stock processor classes that SLA attention stands in for.
+        layers: transformer -> its self-attention modules by name, in the order of `dense_layers`.
+            The names are those of router files, so they must not change.
+        identity_fields: fields of a transformer's configuration that make its attention what it
+            is. A fixed list: releases of Diffusers add fields, and routers have to outlive that.
+        attend: `attend(attn, operate, *args, **kwargs)` with the arguments of the stock processor
+            after `attn`. Follows it step by step, with `operate` for the attention function.
+        why_dense: `why_dense(attn, *args, **kwargs)`, same arguments: None, or what keeps SLA
+            attention from this call, to follow "was called with". Such calls go to the stock
+            processor, which a warning says once for each reason.
+        heads_and_dim: attention module -> (H, D).
+    """
+
+    name: str
+    transformers: tuple[str, ...]
+    processors: tuple[str, ...]
+    layers: Callable[[nn.Module], dict[str, Any]]
+    identity_fields: tuple[str, ...]
+    attend: Callable[..., Any]
+    why_dense: Callable[..., str | None]
+    heads_and_dim: Callable[[Any], tuple[int, int]] = _heads_and_dim
+
+    def __reduce__(self) -> Any:
+        # Copies of a patched model, pickled ones too, share the family.
+        from sla_video.pipelines.families.registry import family_named
+
+        return family_named, (self.name,)
+
+
+def layers_named(*places: str) -> Callable[[nn.Module], dict[str, Any]]:
+    """The `layers` of transformers that keep them as "list of blocks.attribute".
+
+    `layers_named("blocks.attn1")` finds "blocks.0.attn1", "blocks.1.attn1" and so on. Lists that a
+    transformer lacks are passed over.
+    """
+
+    def layers(transformer: nn.Module) -> dict[str, Any]:
+        return {
+            f"{blocks}.{index}.{attribute}": getattr(block, attribute)
+            for blocks, _, attribute in (place.partition(".") for place in places)
+            for index, block in enumerate(getattr(transformer, blocks, ()))
+        }
+
+    return layers

@@ -1,0 +1,45 @@
+"""The families of transformers that SLA attention supports."""
+
+from __future__ import annotations
+
+from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.families.wan import WAN
+
+FAMILIES: tuple[Family, ...] = (WAN,)
+
+
+def family_of(transformer: object) -> Family:
+    """The family of a Diffusers transformer; TypeError with the supported classes if none."""
+    family = find_family(transformer)
+    if family is None:
+        raise TypeError(
+            f"SLA attention supports {', '.join(supported_transformers())} of Diffusers, got "
+            f"{type(transformer).__name__}"
+        )
+    return family
+
+
+def find_family(transformer: object) -> Family | None:
+    """The family of a Diffusers transformer, None for anything else."""
+    import diffusers
+
+    # By name first, so that no class of another family is imported.
+    names = [cls.__name__ for cls in type(transformer).__mro__]
+    for family in FAMILIES:
+        for name in family.transformers:
+            if name in names and isinstance(transformer, getattr(diffusers, name, ())):
+                return family
+    return None
+
+
+def family_named(name: str) -> Family:
+    """The family of that `name`."""
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def supported_transformers() -> list[str]:
+    """Names of the supported classes that the installed Diffusers has, family by family."""
+    import diffusers
+
+    known = set(dir(diffusers))
+    return [name for family in FAMILIES for name in family.transformers if name in known]
