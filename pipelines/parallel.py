@@ -55,6 +55,8 @@ class Ulysses:
                 "each projection over the devices: use ContextParallelConfig(ulysses_degree=N)"
             )
         context = config.context_parallel_config
+        if context is None:
+            return None
         if context.ring_degree > 1:
             raise ValueError(
                 f"SLA attention does not run with ring attention (ring_degree={context.ring_degree}"

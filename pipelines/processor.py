@@ -156,6 +156,11 @@ class SLAAttnProcessor(nn.Module):
 
     def _check_parallel(self, config: Any) -> Ulysses | None:
         ulysses = Ulysses.of(config)
+        if ulysses is not None and not self.family.shardable:
+            raise ValueError(
+                f"SLA attention does not run in context parallelism in {self.family.name}: run it "
+                "on one device"
+            )
         if ulysses is not None and self.router is not None:
             ulysses.check_heads(self.router.heads)
         return ulysses

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
+from tiny_families_wan import CASES as MODELS
 
 import parallel_gradients  # noqa: F401
 from parallel_tools import (
@@ -29,8 +30,6 @@ from tiny_models import (
     TINY_CALL,
     build_tiny_pipeline,
     build_tiny_transformer,
-    build_tiny_vace_transformer,
-    transformer_inputs,
 )
 
 
@@ -158,18 +157,41 @@ def lora_beside_the_routers() -> None:
 
 
 @case
-def control_blocks_of_vace() -> None:
-    control = torch.randn(1, 6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    outputs = []
-    for parallel in (False, True):
-        model = build_tiny_vace_transformer(num_attention_heads=HEADS)
-        scramble(enable_sla(model, config=SLAConfig(sparsity=0.9, **BLOCKS)))
-        if parallel:
+def other_models_of_the_wan_line() -> None:
+    """Pictures in cross-attention, a timestep for each token, control blocks; whole pipelines."""
+    if dist.get_world_size() > 2:
+        return  # they have two heads
+    for name in ("wan2.1 i2v", "wan2.2 5b i2v", "vace", "chronoedit"):
+        outputs = []
+        for parallel in (False, True):
+            pipe = MODELS[name].build()
+            scramble(enable_sla(pipe, config=SLAConfig(sparsity=0.8, **BLOCKS)))
+            if parallel:
+                pipe.transformer.enable_parallelism(
+                    config=ContextParallelConfig(ulysses_degree=2),
+                    cp_plan=context_parallel_plan(pipe.transformer),
+                )
+            outputs.append(MODELS[name].run(pipe))
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@case
+def models_whose_tokens_cannot_be_spread_are_refused() -> None:
+    for name, kind in (("animate", "Wan Animate"), ("skyreels t2v", "SkyReels-V2")):
+        for order in ("before", "after"):
+            model = MODELS[name].build().transformer
+            if order == "after":
+                enable_sla(model)
+            plan = {"cp_plan": context_parallel_plan(build_tiny_transformer())}
             config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
-            model.enable_parallelism(config=config, cp_plan=context_parallel_plan(model))
-        with torch.no_grad():
-            outputs.append(model(**transformer_inputs(), control_hidden_states=control)[0])
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+
+            def enable(model=model, plan=plan, config=config) -> None:
+                model.enable_parallelism(config=config, **plan)
+                enable_sla(model)
+
+            assert f"context parallelism in {kind}" in refusal(enable)
+        message = refusal(lambda model=model: context_parallel_plan(model))
+        assert f"no plan is known for context parallelism of a {type(model).__name__}" in message
 
 
 @case
