@@ -6,13 +6,11 @@ and offline: 9 tokens of which the last are padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
-from tiny_families_wan import picture
+from family_cases import Case, picture
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel, T5Config
 from transformers import T5EncoderModel as T5
 
@@ -22,39 +20,8 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 LATENTS: dict[str, Any] = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
 POOLED_DIM = 8
 IMAGE_DIM = 12
-CALL: dict[str, Any] = {
-    "height": 64,
-    "width": 64,
-    "num_frames": 9,
-    "num_inference_steps": 2,
-    "output_type": "latent",
-    "return_dict": False,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to use one model.
-
-    Attributes:
-        build: makes the pipeline.
-        call: what it is called with.
-        layers: of its transformer.
-        tokens: of the video.
-    """
-
-    build: Callable[[], Any]
-    call: dict[str, Any] = field(default_factory=dict)
-    layers: int = 3
-    tokens: int = 192
-
-    def run(self, pipe: Any, **changes: Any) -> torch.Tensor:
-        """The latents, from a fixed seed."""
-        call = {**CALL, **self.call, **changes}
-        call = {name: value for name, value in call.items() if value is not None}
-        result = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
-        # Framepack gives a list of one clip each.
-        return torch.stack(result) if isinstance(result, list) else result
+# Text comes as embeddings.
+NO_PROMPT = dict.fromkeys(("prompt", "guidance_scale", "max_sequence_length"))
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -321,8 +288,7 @@ def easyanimate() -> Any:
 
 POOLED = {"pooled_prompt_embeds": noise(1, POOLED_DIM)}
 NEGATIVE_POOLED = {"negative_pooled_prompt_embeds": noise(1, POOLED_DIM, seed=1)}
-HUNYUAN_TEXT = {**text(), **POOLED, **NEGATIVE_POOLED, "true_cfg_scale": 3.0}
-PROMPT = {"prompt": "a red circle moves left", "guidance_scale": 3.0, "max_sequence_length": 16}
+HUNYUAN_TEXT = {**NO_PROMPT, **text(), **POOLED, **NEGATIVE_POOLED, "true_cfg_scale": 3.0}
 
 CASES = {
     "hunyuan": Case(hunyuan, HUNYUAN_TEXT),
@@ -345,17 +311,16 @@ CASES = {
     "hunyuan 1.5": Case(
         hunyuan15,
         {
+            **NO_PROMPT,
             **text(mask="prompt_embeds_mask"),
             **text("_2", dim=POOLED_DIM, mask="prompt_embeds_mask"),
         },
     ),
-    "cogvideox": Case(cogvideox, PROMPT),
+    "cogvideox": Case(cogvideox),
     "cogvideox 1.5": Case(
         lambda: cogvideox(
             patch_size=2, patch_size_t=1, use_rotary_positional_embeddings=True, fused=True
         ),
-        PROMPT,
-        tokens=48,
     ),
     "cogvideox i2v": Case(
         lambda: cogvideox(
@@ -363,8 +328,8 @@ CASES = {
             in_channels=2 * LATENT_CHANNELS,
             use_rotary_positional_embeddings=True,
         ),
-        {**PROMPT, "image": picture()},
+        {"image": picture()},
     ),
-    "mochi": Case(mochi, {**PROMPT, "num_frames": 13}, tokens=48),
-    "easyanimate": Case(easyanimate, {**text(), "guidance_scale": 3.0}, tokens=48),
+    "mochi": Case(mochi, {"num_frames": 13}),
+    "easyanimate": Case(easyanimate, {**NO_PROMPT, **text(), "guidance_scale": 3.0}),
 }
