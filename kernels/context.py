@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sla_video.kernels.routing import compute_dtype
 
+# An alpha that rounds to zero would give the sequence infinite mass.
+SMALLEST_ALPHA = torch.finfo(torch.float32).tiny
 # Scores of one chunk of queries, in elements: 64 MiB in float32, or of the size of a cache.
 _CHUNK_ELEMENTS = 16 * 2**20
 _CPU_CHUNK_ELEMENTS = 2 * 2**20
@@ -103,9 +105,13 @@ def total_mass(lse: Tensor, alpha: Tensor | None, block_q: int) -> Tensor:
     """
     if alpha is None:
         return lse
-    # An alpha that rounds to zero would make it infinite.
-    missing = alpha.to(lse.dtype).clamp_min(torch.finfo(torch.float32).tiny).log()
+    missing = alpha.to(lse.dtype).clamp_min(SMALLEST_ALPHA).log()
     return lse - missing.repeat_interleave(block_q, -1)[..., : lse.shape[-1]]
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for gradients of what is computed from these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def with_context(
@@ -147,9 +153,7 @@ def with_context(
     batch, length, heads, _ = query.shape
     budget = _CHUNK_ELEMENTS if query.device.type != "cpu" else _CPU_CHUNK_ELEMENTS
     size = max(1, budget // (batch * heads * keys.shape[-1]))
-    learning = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (query, out, mass, keys, values)
-    )
+    learning = needs_gradients(query, out, mass, keys, values)
     parts = []
     for start in range(0, length, size):
         own = slice(start, start + size)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_video.kernels.context import Context
+from sla_video.kernels.context import SMALLEST_ALPHA, Context
 from sla_video.kernels.options import Options, SparseDtype, most_selected
 from sla_video.kernels.quantize import quantize_int8, quantize_value, quantize_weights
 from sla_video.kernels.router import Router
@@ -205,7 +205,7 @@ def mix_with_context(
     logits = q @ k.mT / q.shape[-1] ** 0.5
     if context.mask is not None:
         logits = logits.masked_fill(~context.mask[:, None, None], torch.finfo(q.dtype).min)
-    log_mass = lse - alpha.clamp_min(torch.finfo(torch.float32).tiny).log()
+    log_mass = lse - alpha.clamp_min(SMALLEST_ALPHA).log()
     share = torch.sigmoid(log_mass - logits.logsumexp(-1)).unsqueeze(-1)
     return share * out + (1 - share) * (torch.softmax(logits, -1) @ v)
 

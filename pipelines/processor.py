@@ -19,6 +19,7 @@ from sla_video.config import SLAConfig
 from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
+from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.parallel import Ulysses
@@ -226,7 +227,7 @@ class SLAAttnProcessor(nn.Module):
         if self.attention is None:
             return self._operator(query, key, value, context, context_mask)
         if context is not None:
-            raise ValueError(
+            raise InputError(
                 f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
                 "attend to each other, and training knows video alone"
             )
