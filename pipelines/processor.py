@@ -201,32 +201,22 @@ class SLAAttnProcessor(nn.Module):
             return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
     def _operate(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        context: tuple[torch.Tensor, torch.Tensor] | None = None,
-        context_mask: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
     ) -> torch.Tensor:
+        """An `Operate`; `context` is what `sla2_attention` calls `context` and `context_mask`."""
         self._follow(query.device)
         if self._ulysses is None:
-            return self._run(query, key, value, context, context_mask)
-        assert context is None, "families with a context are not shardable"
+            return self._run(query, key, value, **context)
+        assert not context, "families with a context are not shardable"
         return self._ulysses.attend(self._run, query, key, value)
 
     def _run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        context: tuple[torch.Tensor, torch.Tensor] | None = None,
-        context_mask: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
     ) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
         if self.attention is None:
-            return self._operator(query, key, value, context, context_mask)
-        if context is not None:
+            return self._operator(query, key, value, **context)
+        if context:
             raise InputError(
                 f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
                 "attend to each other, and training knows video alone"
@@ -243,12 +233,7 @@ class SLAAttnProcessor(nn.Module):
         return output
 
     def _operator(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        context: tuple[torch.Tensor, torch.Tensor] | None = None,
-        context_mask: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
     ) -> torch.Tensor:
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
@@ -262,8 +247,7 @@ class SLAAttnProcessor(nn.Module):
             value,
             self.local_router,
             return_lse=recall,
-            context=context,
-            context_mask=context_mask,
+            **context,
             **self.operator_options,
         )
         if not isinstance(result, tuple):

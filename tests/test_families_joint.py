@@ -18,6 +18,8 @@ from sla_video import disable_sla, enable_sla
 from sla_video.pipelines.families.registry import find_family, supported_transformers
 from tiny_models import seeded
 
+JOINT_INPUTS = ("hidden_states", "encoder_hidden_states")
+
 
 class JointStock(Stock):
     """Also with what the parts of the transformer were called."""
@@ -101,6 +103,23 @@ def test_text_is_never_sparse(stock):
         torch.testing.assert_close(exact_text, text, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(full_video, video, rtol=1e-4, atol=1e-5)
         assert (sparse_video - video).norm() > 1e-3 * video.norm()
+
+
+@of_each("hunyuan", "cogvideox", "mochi")
+def test_gradients_at_full_selection_are_the_stock_ones(stock):
+    name, layer = next(iter(stock.layers.items()))
+    call = dict(stock.layer_inputs[name])
+    leaves = [call[key].clone().requires_grad_() for key in JOINT_INPUTS]
+    call |= dict(zip(JOINT_INPUTS, leaves, strict=True))
+
+    def gradients():
+        video, text = layer(**call)
+        loss = (video * noise(*video.shape)).sum() + (text * noise(*text.shape, seed=1)).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    wanted = gradients()
+    with enable_sla(stock.transformer, config=EVERYTHING):
+        torch.testing.assert_close(gradients(), wanted, rtol=1e-4, atol=1e-5)
 
 
 @of_each("hunyuan", "framepack", "hunyuan 1.5", "mochi")

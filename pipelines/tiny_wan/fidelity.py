@@ -128,8 +128,8 @@ def _watch(processor: SLAAttnProcessor) -> Iterator[_Watched]:
     seen = _Watched()
     operator, replaced = processor._operator, vars(processor).get("_operator")
 
-    def watched(query: Tensor, key: Tensor, value: Tensor, *context: Any) -> Tensor:
-        output = operator(query, key, value, *context)
+    def watched(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = operator(query, key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         full = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         seen.distance.append((output.float() - full.float()).abs().sum())
