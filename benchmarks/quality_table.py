@@ -176,18 +176,21 @@ def line(report: dict[str, Any]) -> str:
     return f"| {report['row']} | {sparsity} | {' | '.join(cells)} |"
 
 
-def print_table(out: Path) -> None:
-    """All reports of `out`, by sparsity and then as in `ROWS`."""
+def print_table(out: Path, collect: Path | None = None) -> None:
+    """All reports of `out`, by sparsity and then as in `ROWS`; as one JSON file too, if wanted."""
     heads = [head for head, _ in COLUMNS.values()]
     print("| attention | sparsity | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 2) + "|")
     dense = out / "dense.json"
-    if dense.is_file():
-        print(line(json.loads(dense.read_text())))
     reports = [json.loads(path.read_text()) for path in out.glob("*/report.json")]
     order = list(ROWS)
-    for report in sorted(reports, key=lambda r: (r["sparsity"], order.index(r["row"]), r["seed"])):
+    reports.sort(key=lambda r: (r["sparsity"], order.index(r["row"]), r["seed"]))
+    if dense.is_file():
+        reports.insert(0, json.loads(dense.read_text()))
+    for report in reports:
         print(line(report))
+    if collect is not None:
+        write(collect, reports)
 
 
 def main() -> None:
@@ -211,9 +214,10 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="do every N-th row from I")
     parser.add_argument("--model", default="tiny-wan")
     parser.add_argument("--table", action="store_true", help="print what is finished")
+    parser.add_argument("--collect", type=Path, help="with --table: a JSON file of all reports")
     args = parser.parse_args()
     if args.table:
-        print_table(args.out)
+        print_table(args.out, args.collect)
         return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     Table(args).run()

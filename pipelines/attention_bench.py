@@ -34,7 +34,7 @@ class BenchRequest:
             of Wan at 480p and 720p, a CPU 7,168 tokens and 4 heads of 64.
         heads, head_dim, batch: the other sizes of `[B, L, H, D]`.
         sparsities: shares of the key blocks left to the linear branch, in [0, 1).
-        sparse_dtype: format of the sparse branch; on a GPU FP8 where there is FP8. A CPU has
+        sparse_dtype: format of the sparse branch; on a GPU the fastest there. A CPU has
             "bf16" only, since it simulates the others.
         growth: also time lengths from 8,192 to 524,288, on a GPU; by default with its own shapes.
         device: "cpu", "cuda", "cuda:N" or "mps"; `None` takes a GPU if there is one.

@@ -39,6 +39,11 @@ class FirstStepsDense:
                 "`dense_steps` needs a scheduler that counts its steps, got "
                 f"{type(pipe.scheduler).__name__}: use another scheduler, or dense_steps=0"
             )
+        if hasattr(pipe, "generate_timestep_matrix"):
+            raise ValueError(
+                "`dense_steps` needs one scheduler that counts the steps, but in a "
+                f"{type(pipe).__name__} each frame has its own: use dense_steps=0"
+            )
         self._pipe = weakref.ref(pipe)
         self._steps = steps
         self._switch = switch
@@ -51,14 +56,24 @@ class FirstStepsDense:
                 "`dense_steps` are counted by the scheduler of the patched pipeline, which is "
                 "gone: keep the pipeline, or call `disable_sla` on the transformer"
             )
-        scheduler = pipe.scheduler
-        index = scheduler.step_index
-        # Video to video begins in the middle of the schedule.
-        step = 0 if index is None else index - (scheduler.begin_index or 0)
+        index = pipe.scheduler.step_index
+        step = 0 if index is None else index - _first_index(pipe)
         dense = step < self._steps
         if dense != self._switch.first_steps:
             self._switch.first_steps = dense
             switch_lora(module, on=not self._switch.dense)
+
+
+def _first_index(pipe: Any) -> int:
+    """Where a generation enters the schedule: in the middle of it, in video to video."""
+    scheduler = pipe.scheduler
+    if scheduler.begin_index is not None:
+        return int(scheduler.begin_index)
+    # Most pipelines leave it to the scheduler to find out, and it keeps that to itself. While they
+    # denoise they know how many steps they take, from the first one to the end of the schedule.
+    if getattr(pipe, "current_timestep", None) is None:
+        return 0
+    return max(0, len(scheduler.timesteps) - int(pipe.num_timesteps))
 
 
 class TransformerPatch:

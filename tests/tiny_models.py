@@ -50,7 +50,7 @@ def transformer_config(**overrides: Any) -> dict[str, Any]:
     return {**config, **overrides}
 
 
-def _seeded(build: Any, config: dict[str, Any], seed: int) -> Any:
+def seeded(build: Any, config: dict[str, Any], seed: int) -> Any:
     """`build(**config)` in eval mode, with weights from `seed` and nothing left at zero or one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def _seeded(build: Any, config: dict[str, Any], seed: int) -> Any:
 
 def build_tiny_transformer(*, seed: int = 0, **overrides: Any) -> WanTransformer3DModel:
     """A random text-to-video transformer; `overrides` change its configuration."""
-    return _seeded(WanTransformer3DModel, transformer_config(**overrides), seed)
+    return seeded(WanTransformer3DModel, transformer_config(**overrides), seed)
 
 
 def build_tiny_i2v_transformer(*, seed: int = 0, **overrides: Any) -> WanTransformer3DModel:
@@ -78,7 +78,7 @@ def build_tiny_i2v_transformer(*, seed: int = 0, **overrides: Any) -> WanTransfo
 def build_tiny_vace_transformer(*, seed: int = 0, **overrides: Any) -> WanVACETransformer3DModel:
     """A random VACE transformer: 3 blocks and 2 control blocks."""
     config = transformer_config(vace_layers=[0, 2], vace_in_channels=6, **overrides)
-    return _seeded(WanVACETransformer3DModel, config, seed)
+    return seeded(WanVACETransformer3DModel, config, seed)
 
 
 def transformer_inputs(
@@ -119,7 +119,7 @@ def build_tiny_pipeline(
     Args:
         two_transformers: add a `transformer_2` that takes over below half of the noise (Wan2.2).
     """
-    vae = _seeded(
+    vae = seeded(
         AutoencoderKLWan,
         {
             "base_dim": 4,
@@ -144,7 +144,7 @@ def build_tiny_pipeline(
     )
     pipe = WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=_seeded(UMT5EncoderModel, {"config": text_config}, seed),
+        text_encoder=seeded(UMT5EncoderModel, {"config": text_config}, seed),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=build_tiny_transformer(seed=seed, **transformer_overrides),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from sla_video.pipelines.families.chronoedit import CHRONOEDIT
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.families.skyreels import SKYREELS
 from sla_video.pipelines.families.wan import WAN
+from sla_video.pipelines.families.wan_animate import WAN_ANIMATE
 
-FAMILIES: tuple[Family, ...] = (WAN,)
+FAMILIES: tuple[Family, ...] = (WAN, WAN_ANIMATE, CHRONOEDIT, SKYREELS)
 
 
 def family_of(transformer: object) -> Family:
