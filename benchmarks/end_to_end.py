@@ -6,7 +6,8 @@
     python benchmarks/end_to_end.py --table --json e2e.json
 
 Weights are random. `cudnn` and `flash` are dense attention of PyTorch; sla2-97 is SLA2 at 97%
-sparsity with an INT8 sparse branch, sla2-97-int8_fp8 names another format. Every row is written to
+sparsity with an INT8 sparse branch, sla2-97-int8_fp8 names another format, and sla2-97-unfused
+leaves QK norm and rotary embedding to modules and the compiler. Every row is written to
 --json as soon as it is measured and replaces the one of the same name there, so that a run may be
 stopped, and the rest measured by another. Ratios are to dense rows of the same model and mode with
 bfloat16 linear layers. `--tiny` is for machines without a GPU.
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,15 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from end_to_end_models import (
     MODELS,
-    TEXT_POSITIONS,
     Model,
     block_arguments,
     build,
-    build_vae,
     forward_inputs,
     only_first_blocks,
     quantize_linears,
@@ -41,10 +40,12 @@ from end_to_end_models import (
 )
 from end_to_end_profile import breakdown, profile
 from end_to_end_results import DENSE, Results
+from end_to_end_video import generate
 
 from sla_video.kernels.gpu_timing import why_it_failed
 from sla_video.pipelines.environment import device_name, versions
 from sla_video.pipelines.errors import InputError
+from sla_video.pipelines.families import rotary
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.progress import TerminalProgress
 
@@ -59,19 +60,27 @@ class Variant:
     name: str
     sparsity: float | None = None
     sparse_dtype: str = "int8"
+    # QK norm and rotary embedding by modules and the compiler, not by one kernel.
+    unfused: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Of "cudnn", "flash", "sla2-97" or "sla2-97-int8_fp8"."""
         if text in DENSE:
             return cls(name=text)
-        found = re.fullmatch(r"sla2-(\d\d)(?:-(bf16|int8|int8_fp8))?", text)
+        found = re.fullmatch(r"sla2-(\d\d)(?:-(bf16|int8|int8_fp8))?(-unfused)?", text)
         if found is None:
             raise argparse.ArgumentTypeError(
                 f"got {text!r}: use {', '.join(DENSE)}, or sla2-97 and the like, with -bf16 or "
                 "-int8_fp8 after it for another number format than int8"
             )
-        return cls(name=text, sparsity=int(found[1]) / 100, sparse_dtype=found[2] or "int8")
+        sparsity, sparse_dtype, unfused = found.groups()
+        return cls(
+            name=text,
+            sparsity=int(sparsity) / 100,
+            sparse_dtype=sparse_dtype or "int8",
+            unfused=unfused is not None,
+        )
 
 
 class Bench:
@@ -123,7 +132,9 @@ class Bench:
                     row["parts"], row["kernels"] = self._profile_block()
                 # The autoencoder of Wan2.2 is another one.
                 if self.args.generate and self.model.spatial == 8:
-                    row["generation"] = self._generate()
+                    row["generation"] = generate(
+                        self.transformer, self.model, steps=self.args.steps, small=self.args.tiny
+                    )
         except Exception as error:  # one row that cannot run leaves the others alone
             if self.args.raise_errors:
                 raise
@@ -173,45 +184,6 @@ class Bench:
         arguments = block_arguments(self.transformer, self.inputs)
         return profile(lambda: self.transformer.blocks[1](*arguments))
 
-    def _generate(self) -> dict[str, Any]:
-        """A video through Diffusers' pipeline, from random embeddings of a text."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-
-        pipe = WanPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            transformer=self.transformer,
-            vae=build_vae(self.model, self.device, small=self.args.tiny),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            expand_timesteps=self.model.per_token_timesteps,
-        )
-        pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-        embeddings = torch.randn(
-            2, 1, TEXT_POSITIONS, self.model.text_dim, device=self.device
-        ).bfloat16()
-        self._wait()
-        start = time.perf_counter()
-        latents = pipe(
-            prompt_embeds=embeddings[0],
-            negative_prompt_embeds=embeddings[1],
-            height=self.model.height,
-            width=self.model.width,
-            num_frames=self.model.frames,
-            num_inference_steps=self.args.steps,
-            guidance_scale=5.0,
-            output_type="latent",
-        ).frames
-        self._wait()
-        denoised = time.perf_counter()
-        pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)
-        self._wait()
-        return {
-            "steps": self.args.steps,
-            "denoise_seconds": denoised - start,
-            "decode_seconds": time.perf_counter() - denoised,
-            "vae_dtype": str(pipe.vae.dtype),
-        }
-
     @contextmanager
     def _attention(self, variant: Variant) -> Iterator[None]:
         # Cross-attention runs by cuDNN beside SLA2, too.
@@ -222,7 +194,8 @@ class Bench:
             patch = enable_sla(
                 self.transformer, sparsity=variant.sparsity, sparse_dtype=variant.sparse_dtype
             )
-        with patch:
+        modules = mock.patch.object(rotary, "_one_kernel", lambda *_: False)
+        with patch, modules if variant.unfused else nullcontext():
             yield
 
     @property

@@ -37,6 +37,8 @@ def bars(rows: Sequence[Mapping[str, Any]], mode: str) -> dict[str, dict[str, di
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
+        if row["attention"].endswith("unfused"):
+            continue
         if row["mode"] != mode or not row.get("parts") or not row.get("milliseconds"):
             continue
         parts = {name: row["layers"] * time for name, time in row["parts"].items()}

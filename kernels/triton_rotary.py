@@ -22,19 +22,32 @@ from sla_video.kernels.triton_tiles import launch_on
 # Elements of a tile, at least, and of each warp: few registers, so many warps wait at a time.
 _TILE = 4096
 _WARP_TILE = 512
+# Half of a multiprocessor's for 16 warps, which two more than that would leave alone there.
+_MAX_REGISTERS = 64
 
 
 @triton.jit
-def _normed_and_rotated(x, weight_ptr, offs_c, real, turn_cos, turn_sin, eps, C: tl.constexpr):
+def _normed_and_rotated(
+    x,
+    weight_ptr,
+    offs_c,
+    real,
+    turn_cos,
+    turn_sin,
+    eps,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    H_PAD: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """Rows x `[ROWS, H_PAD, D_PAD]` normed and turned; turns are `[ROWS, 1, D_PAD / 2]`."""
     x = x.to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 2), 1) / C + eps)
     weight = tl.load(weight_ptr + offs_c, mask=real, other=0.0).to(tl.float32)
     y = x * factor[:, None, None] * weight
-    pairs: tl.constexpr = (x.shape[0], x.shape[1], x.shape[2] // 2, 2)
-    even, odd = tl.split(tl.reshape(y, pairs))
+    even, odd = tl.split(tl.reshape(y, (ROWS, H_PAD, D_PAD // 2, 2)))
     z = tl.join(even * turn_cos - odd * turn_sin, even * turn_sin + odd * turn_cos)
-    return tl.reshape(z, x.shape)
+    return tl.reshape(z, (ROWS, H_PAD, D_PAD))
 
 
 @triton.jit(do_not_specialize=["length", "eps"])
@@ -86,8 +99,12 @@ def _norm_rotate_kernel(
     cos = tl.load(cos_ptr + offs_l * stride_cl + offs_p, mask=turn_mask, other=0.0)
     sin = tl.load(sin_ptr + offs_l * stride_sl + offs_p + 1, mask=turn_mask, other=0.0)
     cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-    query = _normed_and_rotated(query, query_weight_ptr, offs_c, real, cos, sin, eps, H * D)
-    key = _normed_and_rotated(key, key_weight_ptr, offs_c, real, cos, sin, eps, H * D)
+    query = _normed_and_rotated(
+        query, query_weight_ptr, offs_c, real, cos, sin, eps, H * D, ROWS, H_PAD, D_PAD
+    )
+    key = _normed_and_rotated(
+        key, key_weight_ptr, offs_c, real, cos, sin, eps, H * D, ROWS, H_PAD, D_PAD
+    )
     offs_out = (b * length + start) * (H * D) + offs_l * (H * D) + offs_c
     tl.store(query_out_ptr + offs_out, query.to(query_out_ptr.dtype.element_ty), mask=mask)
     tl.store(key_out_ptr + offs_out, key.to(key_out_ptr.dtype.element_ty), mask=mask)
@@ -134,6 +151,7 @@ def _norm_rotate(
             H_PAD=heads_pad,
             D_PAD=pad,
             num_warps=num_warps,
+            maxnreg=_MAX_REGISTERS,
         )
     return out[0], out[1]
 

@@ -78,6 +78,13 @@ def test_a_row_that_fails_says_why_and_leaves_the_others_alone(tmp_path, monkeyp
     assert [row["note"] for row in rows] == ["ZeroDivisionError: division by zero"] * 2
 
 
+def test_a_variant_names_sparsity_format_and_whether_kernels_are_fused():
+    variant = end_to_end.Variant.parse("sla2-95-int8_fp8-unfused")
+    assert (variant.sparsity, variant.sparse_dtype, variant.unfused) == (0.95, "int8_fp8", True)
+    variant = end_to_end.Variant.parse("sla2-97")
+    assert (variant.sparsity, variant.sparse_dtype, variant.unfused) == (0.97, "int8", False)
+
+
 @pytest.mark.parametrize("text", ["sla2", "sla2-9", "sla2-97-fp4", "dense"])
 def test_unknown_variants_are_refused(text, capsys):
     with pytest.raises(SystemExit):
@@ -166,6 +173,7 @@ def test_bars_add_up_to_the_forward(tmp_path, capsys):
         profiled("cudnn", 100.0),
         profiled("sla2-97", 95.0, sparsity=0.97, sparse_dtype="int8", linear="fp8"),
         profiled("flash", 100.0, parts=None),
+        profiled("sla2-97-unfused", 99.0, sparsity=0.97, sparse_dtype="int8"),
         profiled("flash", 100.0, mode="eager"),
     ]
     found = plot_end_to_end.bars(rows, "compiled")["1.3B"]
