@@ -220,7 +220,10 @@ class SLAHandle:
         return {component: adapter for component, adapter in found.items() if adapter is not None}
 
     def stats(self) -> SLAStats:
-        """What each layer did since it was patched or since `reset_stats`. Waits for the device."""
+        """What each layer did since it was patched or since `reset_stats`. Waits for the device.
+
+        In context parallelism these are the means over the heads of this rank.
+        """
         return SLAStats(
             layers=tuple(
                 processor.recorder.read(name) for name, processor in self.processors.items()

@@ -176,7 +176,8 @@ def switch_lora(transformer: nn.Module, *, on: bool) -> None:
 
 def check_not_fused(attn: Any) -> None:
     """Raise a ValueError if fused projections would leave our adapter out in silence."""
-    if attn.fused_projections and any(_has_ours(getattr(attn, n, None)) for n in ("to_q", "to_k")):
+    fused = getattr(attn, "fused_projections", False)
+    if fused and any(_has_ours(getattr(attn, n, None)) for n in ("to_q", "to_k")):
         raise ValueError(
             "these routers come with LoRA, which fused projections (`fuse_qkv_projections`) leave "
             "out: call `unfuse_qkv_projections`, or disable SLA before fusing"

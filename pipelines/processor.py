@@ -17,10 +17,11 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
-from sla_video.kernels.router import Router
+from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.lora import check_not_fused
+from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.stats import LayerRecorder, router_estimate
 
 logger = logging.getLogger("sla_video")
@@ -97,6 +98,7 @@ class SLAAttnProcessor(nn.Module):
         self._held_router = (router,)
         self.sparsity = sparsity
         self.switch = switch
+        self._ulysses = self._check_parallel(self._parallel_config)
         self.recorder = LayerRecorder()
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
@@ -119,6 +121,14 @@ class SLAAttnProcessor(nn.Module):
         return self._held_router[0]
 
     @property
+    def local_router(self) -> Router | None:
+        """The router of the heads that are computed here: all, or a rank's share of them."""
+        router = self.router
+        if router is None or self._ulysses is None:
+            return router
+        return router_heads(router, *self._ulysses.own_heads(router.heads))
+
+    @property
     def operator_options(self) -> dict[str, Any]:
         """Keyword arguments of `sla2_attention` for this layer."""
         return {"sparsity": self.sparsity, "impl": self.impl, **self._options}
@@ -133,17 +143,30 @@ class SLAAttnProcessor(nn.Module):
         self.original._attention_backend = backend
 
     @property
-    def _parallel_config(self) -> None:
+    def _parallel_config(self) -> Any:
         """Diffusers sets this to shard the tokens; a processor without it is wrong in silence."""
-        return None
+        return getattr(self.original, "_parallel_config", None)
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
-        if config is not None:
+        if config is not None and not hasattr(self.original, "_parallel_config"):
             raise ValueError(
-                "context parallelism shards the tokens, and SLA attention needs all of them: "
-                "call `disable_sla` before `enable_parallelism`, or run on one device"
+                f"Diffusers' {type(self.original).__name__} does not support context parallelism, "
+                "which calls that run dense would need: run on one device"
             )
+        self._ulysses = self._check_parallel(config)
+        self.original._parallel_config = config
+
+    def _check_parallel(self, config: Any) -> Ulysses | None:
+        ulysses = Ulysses.of(config)
+        if ulysses is not None and not self.family.shardable:
+            raise ValueError(
+                f"SLA attention does not run in context parallelism in {self.family.name}: run it "
+                "on one device"
+            )
+        if ulysses is not None and self.router is not None:
+            ulysses.check_heads(self.router.heads)
+        return ulysses
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, `.cuda()`…: the router follows to the device and stays fp32."""
@@ -181,6 +204,12 @@ class SLAAttnProcessor(nn.Module):
 
     def _operate(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self._follow(query.device)
+        if self._ulysses is None:
+            return self._run(query, key, value)
+        return self._ulysses.attend(self._run, query, key, value)
+
+    def _run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
         if self.attention is not None:
             return self.attention(self, query, key, value)
         return self._operator(query, key, value)
@@ -190,7 +219,7 @@ class SLAAttnProcessor(nn.Module):
     ) -> torch.Tensor:
         """SLA2 of `[B, L, H, D]` as this layer has it, unrecorded; `changes` of its options."""
         output: torch.Tensor = sla2_attention(
-            query, key, value, self.router, **{**self.operator_options, **changes}
+            query, key, value, self.local_router, **{**self.operator_options, **changes}
         )
         return output
 
@@ -207,7 +236,7 @@ class SLAAttnProcessor(nn.Module):
             query,
             key,
             value,
-            self.router,
+            self.local_router,
             return_lse=recall,
             **self.operator_options,
         )
@@ -227,7 +256,7 @@ class SLAAttnProcessor(nn.Module):
             self.recorder.add("sparsity", 1 - num_selected(self.sparsity, total) / total)
             return
         dropped, recall = router_estimate(
-            query, key, self.router, sparsity=self.sparsity, **self._options
+            query, key, self.local_router, sparsity=self.sparsity, **self._options
         )
         self.recorder.add("sparsity", dropped)
         if self.recorder.router_recall:

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from triton_interpreter import interpret_without_gpu
 
 interpret_without_gpu()
+# Asserts outside of test files, with what their values were.
+pytest.register_assert_rewrite("family_checks")
 
 _MOST_WORKERS = 4
 _HAS_AFFINITY = hasattr(os, "sched_getaffinity")

@@ -35,6 +35,8 @@ class Family:
             attention from this call, to follow "was called with". Such calls go to the stock
             processor, which a warning says once for each reason.
         heads_and_dim: attention module -> (H, D).
+        shardable: whether context parallelism, which gives each device a piece of the tokens,
+            leaves all else in the transformer as it is, and self-attention has no other tokens.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     attend: Callable[..., Any]
     why_dense: Callable[..., str | None]
     heads_and_dim: Callable[[Any], tuple[int, int]] = _heads_and_dim
+    shardable: bool = False
 
     def __reduce__(self) -> Any:
         # Copies of a patched model, pickled ones too, share the family.

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from sla_video.pipelines.families.allegro import ALLEGRO
 from sla_video.pipelines.families.chronoedit import CHRONOEDIT
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.families.ltx import LTX
+from sla_video.pipelines.families.ltx2 import LTX2
 from sla_video.pipelines.families.skyreels import SKYREELS
 from sla_video.pipelines.families.wan import WAN
 from sla_video.pipelines.families.wan_animate import WAN_ANIMATE
 
-FAMILIES: tuple[Family, ...] = (WAN, WAN_ANIMATE, CHRONOEDIT, SKYREELS)
+FAMILIES: tuple[Family, ...] = (
+    WAN,
+    WAN_ANIMATE,
+    CHRONOEDIT,
+    SKYREELS,
+    LTX,
+    LTX2,
+    ALLEGRO,
+)
 
 
 def family_of(transformer: object) -> Family:

@@ -102,4 +102,5 @@ WAN = Family(
     ),
     attend=attend,
     why_dense=why_dense,
+    shardable=True,
 )
