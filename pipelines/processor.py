@@ -72,6 +72,9 @@ class SLAAttnProcessor(nn.Module):
         config: settings of the operator.
         sparsity: of this layer, None for a layer that stays dense.
         switch: shared by the layers of one transformer.
+
+    Attributes:
+        impl: implementation of the operator, as chosen.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class SLAAttnProcessor(nn.Module):
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
         self.attention: Attention | None = None
-        self._impl = config.impl
+        self.impl = config.impl
         self._options: dict[str, Any] = {
             "block_q": config.block_q,
             "block_k": config.block_k,
@@ -129,7 +132,7 @@ class SLAAttnProcessor(nn.Module):
     @property
     def operator_options(self) -> dict[str, Any]:
         """Keyword arguments of `sla2_attention` for this layer."""
-        return {"sparsity": self.sparsity, "impl": self._impl, **self._options}
+        return {"sparsity": self.sparsity, "impl": self.impl, **self._options}
 
     @property
     def _attention_backend(self) -> Any:
