@@ -1,9 +1,9 @@
 """Orders of the tokens of a video, whose grid is (T, H, W), as permutations.
 
-Attention does not care: with keys and values in any order, and queries in any other, each query gets
-the same output. Blocks do care. A block is a run of tokens, and one that is compact in space and
-time has tokens that are alike, so that important keys lie in fewer blocks, and the mean of a block
-says more about its tokens. PBS-Attn, arXiv 2510.21270.
+Attention does not care: with keys and values in any order, and queries in any other, each query
+gets the same output. Blocks do care. A block is a run of tokens, and one that is compact in space
+and time has tokens that are alike, so that important keys lie in fewer blocks, and the mean of a
+block says more about its tokens. PBS-Attn, arXiv 2510.21270.
 
 An order is an int64 tensor `[L]`, L = T H W: `tokens[order]` are the tokens in that order, and
 `order[i]` is the place of the i-th of them in raster order, where the width runs fastest.

@@ -6,7 +6,6 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from sla_video.pipelines.lora import LoraAdapter, detach_lora, hide_lora, lora_o
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.stats import SLAStats
+from sla_video.pipelines.token_order import TokenOrder
 
 logger = logging.getLogger("sla_video")
 
@@ -87,6 +87,7 @@ class TransformerPatch:
         self.switch = switch
         self.processors: dict[str, SLAAttnProcessor] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._order: TokenOrder | None = None
         self._hide_lora: Any = None
         # What the transformer had when the patch was taken off.
         self.removed_lora: LoraAdapter | None = None
@@ -102,6 +103,7 @@ class TransformerPatch:
         transformer: nn.Module,
         processors: Mapping[str, SLAAttnProcessor],
         hook: FirstStepsDense | None,
+        order: TokenOrder | None = None,
     ) -> None:
         """Put the processors in place. Everything that can fail has to be checked before."""
         self.processors = dict(processors)
@@ -110,6 +112,7 @@ class TransformerPatch:
             self.layers[name].processor = processor
         if hook is not None:
             self._hook = transformer.register_forward_pre_hook(hook)
+        self._order = None if order is None else order.install(transformer)
         self._hide_lora = hide_lora(transformer)
         setattr(transformer, _PATCH_ATTRIBUTE, self)
 
@@ -127,6 +130,8 @@ class TransformerPatch:
                 )
         if self._hook is not None:
             self._hook.remove()
+        if self._order is not None:
+            self._order.remove()
         self._hide_lora.remove()
         self.removed_lora = lora_of(transformer)
         detach_lora(transformer)
@@ -288,12 +293,7 @@ class SLAHandle:
     def __enter__(self) -> SLAHandle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self.active:
             self.remove()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sla_video.pipelines.families.family import Family, Operate, layers_named
+from sla_video.pipelines.families.family import Family, Operate, TokenPlaces, layers_named
 from sla_video.pipelines.families.rotary import norm_and_rotate
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -103,4 +103,7 @@ WAN = Family(
     attend=attend,
     why_dense=why_dense,
     shardable=True,
+    token_places=TokenPlaces(
+        patches=("patch_embedding", "vace_patch_embedding"), rotary="rope", output="proj_out"
+    ),
 )
