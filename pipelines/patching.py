@@ -20,7 +20,8 @@ from sla_video.pipelines.families.registry import (
     find_family,
     supported_transformers,
 )
-from sla_video.pipelines.handle import FirstStepsDense, SLAHandle, TransformerPatch
+from sla_video.pipelines.first_steps import FirstStepsDense
+from sla_video.pipelines.handle import SLAHandle, TransformerPatch
 from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_files import load_routers

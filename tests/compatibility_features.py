@@ -58,7 +58,7 @@ class Feature:
 
 
 def lora_weights(seed: int = 5, rank: int = 2) -> dict[str, torch.Tensor]:
-    """A LoRA for the tiny transformer, as trainers of Wan save it: query, value and feed-forward."""
+    """A LoRA for the tiny transformer, as trainers save it: of attention and feed-forward."""
     generator = torch.Generator().manual_seed(seed)
     targets = {
         f"blocks.{block}.{layer}": size
@@ -141,7 +141,7 @@ def taylorseer_lite(pipe: Any) -> None:
 def mag_cache(pipe: Any) -> None:
     pipe.transformer.enable_cache(
         MagCacheConfig(
-            threshold=0.5, num_inference_steps=6, mag_ratios=[1.0, 1.01, 1.02, 0.99, 0.98, 1.0]
+            threshold=0.5, num_inference_steps=5, mag_ratios=[1.0, 1.01, 1.02, 0.99, 1.0]
         )
     )
 
@@ -262,7 +262,9 @@ FEATURES = [
         apply=taylorseer,
         note="Its default patterns match no layer of Wan: name them in `cache_identifiers`.",
     ),
-    Feature(group=CACHES, name="`TaylorSeerCacheConfig(use_lite_mode=True)`", apply=taylorseer_lite),
+    Feature(
+        group=CACHES, name="`TaylorSeerCacheConfig(use_lite_mode=True)`", apply=taylorseer_lite
+    ),
     Feature(group=CACHES, name="`MagCacheConfig`", apply=mag_cache),
     Feature(
         group=CACHES,

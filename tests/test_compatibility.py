@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from compatibility_features import FEATURES, Feature
+from diffusers import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import sla_video.pipelines.processor as processor_module
@@ -18,11 +19,19 @@ SMALL_BLOCKS = SLAConfig(sparsity=0.8, block_q=16, block_k=8)
 # What 5 of 24 key blocks leave out.
 SPARSITY = 19 / 24
 
+
+@pytest.fixture(autouse=True)
+def own_attention_backend():
+    """`set_attention_backend` also sets the one of all other models."""
+    with attention_backend("native"):
+        yield
+
+
 features = pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 
 
 def generate(pipe, feature: Feature | None = None) -> torch.Tensor:
-    call = {**TINY_CALL, "num_inference_steps": 6, "output_type": "latent"}
+    call = {**TINY_CALL, "num_inference_steps": 5, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
     return pipe(**{**call, **(feature.call if feature else {})}, generator=generator).frames
 
