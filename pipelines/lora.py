@@ -108,8 +108,16 @@ def attach_lora(transformer: nn.Module, adapter: LoraAdapter) -> None:
     """Add an adapter with these weights, not trainable, in the dtype that the layers compute in.
 
     Raises:
-        ValueError: as `add_lora`, or the weights do not fit the transformer.
+        ValueError: as `add_lora`, or the weights do not fit the transformer, or they are kept
+            elsewhere (sequential offload).
     """
+    hooks = (getattr(module, "_hf_hook", None) for module in transformer.modules())
+    if any(getattr(hook, "offload", False) for hook in hooks):
+        raise ValueError(
+            "these routers come with LoRA, and the weights that it corrects are not there between "
+            "calls (`enable_sequential_cpu_offload`): use `enable_group_offload` or "
+            "`enable_model_cpu_offload`"
+        )
     with torch.random.fork_rng(devices=[]):
         add_lora(transformer, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     own = lora_parameters(transformer)

@@ -1,13 +1,11 @@
-"""What people do to a pipeline besides enabling SLA attention: the rows of the compatibility table.
+"""What people do to a pipeline besides enabling SLA attention: one function each.
 
-Each is one function that changes a pipeline as its documentation says.
+Each changes a pipeline in place, or gives another one.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,35 +24,6 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
-PROMPTS = ["a red circle moves left", "the blue square on the right"]
-
-# Changes a pipeline in place, or gives another one.
-Apply = Callable[[Any], Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feature:
-    """One row of the table, and how it is tested before and after `enable_sla`.
-
-    Attributes:
-        group: heading in the table.
-        name: what it is, in Markdown.
-        apply: does it.
-        call: arguments of the pipeline's call that it consists of.
-        effect: "none" if the videos have to stay what they are, "some" if they have to change.
-        error: relative, of full selection against Diffusers and of what must not change.
-        needs: a module without which it cannot be tested.
-        note: for the reader of the table.
-    """
-
-    group: str
-    name: str
-    apply: Apply = lambda pipe: None
-    call: dict[str, Any] = field(default_factory=dict)
-    effect: str = "some"
-    error: float = 2e-6
-    needs: str | None = None
-    note: str = ""
 
 
 def lora_weights(seed: int = 5, rank: int = 2) -> dict[str, torch.Tensor]:
@@ -94,6 +63,16 @@ def unfuse_lora(pipe: Any) -> None:
 def unload_lora(pipe: Any) -> None:
     load_lora(pipe)
     pipe.unload_lora_weights()
+
+
+def fuse_lora_for_good(pipe: Any) -> None:
+    fuse_lora(pipe)
+    pipe.unload_lora_weights()
+
+
+def disable_lora(pipe: Any) -> None:
+    load_lora(pipe)
+    pipe.disable_lora()
 
 
 def switch_lora_adapters(pipe: Any) -> None:
@@ -225,116 +204,3 @@ def to_bfloat16(pipe: Any) -> None:
 
 def deep_copy(pipe: Any) -> Any:
     return copy.deepcopy(pipe)
-
-
-ATTENTION = "Attention modules"
-LORA = "LoRA (PEFT)"
-CACHES = "Caches"
-GUIDANCE = "Guidance"
-MEMORY = "Memory"
-WEIGHTS = "Quantized weights"
-CALLS = "Calls"
-
-FEATURES = [
-    Feature(group=ATTENTION, name="`fuse_qkv_projections()`", apply=fuse_qkv, effect="none"),
-    Feature(
-        group=ATTENTION,
-        name="`fuse_qkv_projections()`, then `unfuse_qkv_projections()`",
-        apply=unfuse_qkv,
-        effect="none",
-    ),
-    Feature(
-        group=ATTENTION,
-        name="`set_attention_backend(...)`",
-        apply=attention_backend,
-        effect="none",
-        note="It chooses the kernel of cross-attention and of dense calls; SLA2 has its own.",
-    ),
-    Feature(group=LORA, name="`load_lora_weights`", apply=load_lora),
-    Feature(group=LORA, name="`load_lora_weights`, `fuse_lora`", apply=fuse_lora),
-    Feature(group=LORA, name="`fuse_lora`, `unfuse_lora`", apply=unfuse_lora),
-    Feature(group=LORA, name="`unload_lora_weights`", apply=unload_lora, effect="none"),
-    Feature(group=LORA, name="`set_adapters` with weights", apply=switch_lora_adapters),
-    Feature(group=CACHES, name="`FirstBlockCacheConfig`", apply=first_block_cache),
-    Feature(
-        group=CACHES,
-        name="`TaylorSeerCacheConfig`",
-        apply=taylorseer,
-        note="Its default patterns match no layer of Wan: name them in `cache_identifiers`.",
-    ),
-    Feature(
-        group=CACHES, name="`TaylorSeerCacheConfig(use_lite_mode=True)`", apply=taylorseer_lite
-    ),
-    Feature(group=CACHES, name="`MagCacheConfig`", apply=mag_cache),
-    Feature(
-        group=CACHES,
-        name="`PyramidAttentionBroadcastConfig`",
-        apply=pyramid_attention_broadcast,
-        note="It leaves out whole calls of the attention; `stats()` counts those that were made.",
-    ),
-    Feature(
-        group=CACHES,
-        name="`FasterCacheConfig(is_guidance_distilled=True)`",
-        apply=faster_cache,
-        note="Without `is_guidance_distilled` it needs both halves of guidance in one batch, "
-        "which Wan pipelines do not have, with or without SLA.",
-    ),
-    Feature(group=GUIDANCE, name="Smoothed energy guidance", apply=smoothed_energy_guidance),
-    Feature(group=GUIDANCE, name="Skipped layers (`apply_layer_skip`)", apply=skip_layer),
-    Feature(
-        group=MEMORY,
-        name="`enable_model_cpu_offload()`",
-        apply=model_offload,
-        effect="none",
-    ),
-    Feature(
-        group=MEMORY,
-        name="Sequential offload (Accelerate's `cpu_offload`)",
-        apply=sequential_offload,
-        effect="none",
-    ),
-    Feature(
-        group=MEMORY,
-        name='`enable_group_offload(offload_type="block_level")`',
-        apply=group_offload_blocks,
-        effect="none",
-    ),
-    Feature(
-        group=MEMORY,
-        name='`enable_group_offload(offload_type="leaf_level")`',
-        apply=group_offload_leaves,
-        effect="none",
-    ),
-    Feature(
-        group=MEMORY,
-        name="`enable_layerwise_casting` with FP8 storage",
-        apply=layerwise_casting,
-        note="Routers stay in FP32.",
-    ),
-    Feature(
-        group=WEIGHTS,
-        name="torchao INT8 weights",
-        apply=torchao_int8,
-        needs="torchao",
-    ),
-    Feature(
-        group=WEIGHTS,
-        name="torchao FP8 weights",
-        apply=torchao_fp8,
-        needs="torchao",
-    ),
-    Feature(
-        group=CALLS,
-        name="`pipe.to(torch.bfloat16)`",
-        apply=to_bfloat16,
-        error=1e-2,
-        note="Routers stay in FP32.",
-    ),
-    Feature(group=CALLS, name="Several prompts at once", call={"prompt": PROMPTS}),
-    Feature(
-        group=CALLS,
-        name="`num_videos_per_prompt` above 1",
-        call={"num_videos_per_prompt": 2},
-    ),
-    Feature(group=CALLS, name="Without guidance", call={"guidance_scale": 1.0}),
-]
