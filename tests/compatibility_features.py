@@ -125,6 +125,12 @@ def mag_cache(pipe: Any) -> None:
     )
 
 
+def sea_cache(pipe: Any) -> None:
+    from diffusers.hooks.sea_cache import SeaCacheConfig
+
+    pipe.transformer.enable_cache(SeaCacheConfig(threshold=5.0))
+
+
 def pyramid_attention_broadcast(pipe: Any) -> None:
     pipe.transformer.enable_cache(
         PyramidAttentionBroadcastConfig(
@@ -180,6 +186,10 @@ def group_offload_leaves(pipe: Any) -> None:
 
 def layerwise_casting(pipe: Any) -> None:
     pipe.transformer.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.float32)
+
+
+def bf16_layerwise_casting(pipe: Any) -> None:
+    pipe.transformer.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.bfloat16)
 
 
 def torchao_int8(pipe: Any) -> None:
