@@ -134,6 +134,7 @@ def attach_lora(transformer: nn.Module, adapter: LoraAdapter) -> None:
     for name, parameter in lora_parameters(transformer).items():
         parameter.data.copy_(adapter.tensors[name])
         parameter.requires_grad_(False)
+    _renew_group_offloading(transformer)
 
 
 def detach_lora(transformer: nn.Module) -> None:
@@ -160,6 +161,14 @@ def detach_lora(transformer: nn.Module) -> None:
     if not config:
         del transformer.peft_config
         transformer._hf_peft_config_loaded = False  # type: ignore[assignment]
+    _renew_group_offloading(transformer)
+
+
+def _renew_group_offloading(transformer: nn.Module) -> None:
+    """Group offloading knows the layers that it found: let it find those of now."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    _maybe_remove_and_reapply_group_offloading(transformer)
 
 
 def lora_of(transformer: nn.Module) -> LoraAdapter | None:

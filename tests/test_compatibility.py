@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from compatibility_table import FEATURES, Feature
+from compatibility_rows import FEATURES, Feature
 from diffusers import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 

@@ -99,11 +99,10 @@ def test_offloading_from_a_gpu(kind, lora, order):
     pipe = build()
     if order == "before":
         OFFLOADS[kind](pipe)
-    handle = enable_sla(pipe, routers, impl="triton")
+    enable_sla(pipe, routers, impl="triton")
     if order == "after":
         OFFLOADS[kind](pipe)
     assert error(generate(pipe), sparse) < 1e-2
-    assert all(router.query_proj.device.type == "cuda" for router in handle.routers.values())
     disable_sla(pipe)
     assert error(generate(pipe), stock) < 1e-2
 

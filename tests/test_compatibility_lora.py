@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import re
+import types
 
 import pytest
 import torch
-from compatibility_features import layerwise_casting, load_lora, lora_weights
-from compatibility_table import ROUTER_LORA_ROWS
+from compatibility_features import group_offload_leaves, layerwise_casting, load_lora, lora_weights
+from compatibility_rows import ROUTER_LORA_ROWS
 
 from sla_video import SLAConfig, disable_sla, enable_sla
 from sla_video.pipelines.lora import add_lora, lora_parameters
 from sla_video.pipelines.router_set import RouterSet
 from tiny_models import TINY_CALL, build_tiny_pipeline
 
+NO_HOOKS = types.SimpleNamespace(hooks={})
 SMALL_BLOCKS = SLAConfig(sparsity=0.8, block_q=16, block_k=8)
 
 
@@ -142,3 +144,22 @@ def test_weights_stored_in_fp8_do_not_round_the_corrections():
     for name, tensor in routers().lora["transformer"].tensors.items():
         assert torch.equal(ours[name], tensor)
     assert error(generate(pipe), truth((), sla=True)) < 2e-2
+
+
+def test_group_offloading_takes_the_corrections_along():
+    """On a GPU they would be left on the other device; here their hooks have to be enough."""
+    pipe = build_tiny_pipeline()
+    group_offload_leaves(pipe)
+
+    def hooked():
+        return {
+            name
+            for name, module in pipe.transformer.named_modules()
+            if "group_offloading" in getattr(module, "_diffusers_hook", NO_HOOKS).hooks
+        }
+
+    before = hooked()
+    enable_sla(pipe, routers())
+    assert {f"blocks.{i}.attn1.to_q.lora_{ab}.sla" for i in range(3) for ab in "AB"} <= hooked()
+    disable_sla(pipe)
+    assert hooked() == before
