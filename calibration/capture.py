@@ -164,10 +164,16 @@ def run_captures(
         layers: "transformer.blocks.0.attn1" -> the attention module.
 
     Raises:
-        InputError: a layer's values are not finite, or too little memory.
+        InputError: a layer's values are not finite, too little memory, or tokens that are spread
+            over several devices.
     """
     todo: dict[int, list[tuple[str, CallKey]]] = defaultdict(list)
-    for name in layers:
+    for name, attn in layers.items():
+        if getattr(attn.processor, "_parallel_config", None) is not None:
+            raise InputError(
+                f"{name} sees a piece of the tokens (`enable_parallelism`), and routers are fitted "
+                "to all of them: calibrate on one device"
+            )
         for key in calls[name.partition(".")[0]]:
             if not store.has(name, key):
                 todo[key.prompt].append((name, key))

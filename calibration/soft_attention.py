@@ -49,7 +49,7 @@ class SoftAttention:
         self, processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         assert processor.sparsity is not None
-        options, router = processor.operator_options, processor.router
+        options, router = processor.operator_options, processor.local_router
         block_q, block_k = options["block_q"], options["block_k"]
         # [B, H, L, D]
         q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))

@@ -5,10 +5,11 @@ Shapes: H heads, D head dimension, M query blocks (see `kernels/README.md` for t
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 AlphaKind = Literal["adaptive", "per_block"]
 
@@ -67,3 +68,39 @@ class Router(nn.Module):
             f"heads={self.heads}, head_dim={self.head_dim}, "
             f"per_head={self.per_head}, alpha={self.alpha!r}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RouterHeads:
+    """What `Router` has, of some heads: views, so that gradients reach the whole one."""
+
+    heads: int
+    head_dim: int
+    per_head: bool
+    alpha: AlphaKind
+    query_proj: Tensor
+    key_proj: Tensor
+    alpha_scale: Tensor | None = None
+    alpha_bias: Tensor | None = None
+    alpha_table: Tensor | None = None
+
+
+def router_heads(router: Router, start: int, stop: int) -> Router:
+    """The heads `start` to `stop` of `router`, as the operator takes a router of so many heads.
+
+    Not a module: it has no parameters of its own, and compiled code can make it.
+    """
+    own = slice(start, stop)
+    projections = own if router.per_head else slice(None)
+    mix = ("alpha_scale", "alpha_bias") if router.alpha == "adaptive" else ("alpha_table",)
+    part = _RouterHeads(
+        heads=stop - start,
+        head_dim=router.head_dim,
+        per_head=router.per_head,
+        alpha=router.alpha,
+        query_proj=router.query_proj[projections],
+        key_proj=router.key_proj[projections],
+        **{name: getattr(router, name)[own] for name in mix},
+    )
+    # The operator reads these fields of a router, and nothing else.
+    return cast(Router, part)

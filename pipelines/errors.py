@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class ReportedElsewhere(InputError):
+    """Another process of this run has said what is wrong. The command line only exits with 2."""
+
+
 def one_line(error: BaseException | str, *, limit: int = 400) -> str:
     """Collapse an error's text into one line of at most `limit` characters."""
     text = " ".join(str(error).split())

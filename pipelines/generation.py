@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,12 @@ from sla_video.pipelines.generation_request import (
     GenerationPlan,
     GenerationRequest,
     VideoPlan,
-    plan_generation,
 )
+from sla_video.pipelines.generation_share import plan_share
 from sla_video.pipelines.hub import hub_file, is_hub_id
+from sla_video.pipelines.lap_timer import lap_timer
 from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource
+from sla_video.pipelines.processes import Team
 from sla_video.pipelines.progress import NoProgress, Progress
 from sla_video.pipelines.video_files import (
     OutputFolder,
@@ -49,7 +51,8 @@ class GeneratedVideo:
         path: the MP4 file.
         sidecar: the JSON file with all settings.
         seconds: of each stage: load, text, denoise, decode, write. "load" is shared by all videos
-            of one call and includes importing PyTorch and Diffusers.
+            of one call and includes importing PyTorch and Diffusers. Empty for a video that an
+            earlier run had finished.
     """
 
     path: Path
@@ -71,26 +74,36 @@ class _Loaded:
 
 
 def generate(
-    request: GenerationRequest, *, progress: Progress | None = None
+    request: GenerationRequest, *, progress: Progress | None = None, team: Team | None = None
 ) -> Iterator[GeneratedVideo]:
     """Generate the videos of `request` one after another, and yield each once it is on disk.
 
     Everything that can be checked without the weights is checked first. A video and its sidecar
     appear together and complete, or not at all.
 
+    Args:
+        team: the processes that share the videos; each makes and yields its own. What earlier
+            runs have finished is yielded by the first.
+
     Raises:
         InputError: anything the caller can mend: bad settings, files that cannot be read or
             written, a device that is not there, too little memory.
     """
     progress = progress or NoProgress()
-    plan = plan_generation(request)
-    _warn_about_prompts(plan)
+    team = team or Team()
+    plan, finished = plan_share(request, team)
+    if team.rank == 0:
+        _warn_about_prompts(request, plan)
     check_video_writer()
+    for video in finished:
+        yield _describe(video, {})
+    if not plan.videos:
+        return
     with ExitStack() as stack:
         for folder in sorted({video.path.parent for video in plan.videos}):
-            stack.enter_context(OutputFolder(folder))
+            stack.enter_context(OutputFolder(folder, shared=team.size > 1))
         stack.callback(progress.close)
-        loaded = _load(request, plan, progress)
+        loaded = _load(request, plan, team, progress)
         for index, video in enumerate(plan.videos):
             count = f" {index + 1}/{len(plan.videos)}" if len(plan.videos) > 1 else ""
             result = _make_video(request, plan, video, loaded, progress, count)
@@ -98,25 +111,27 @@ def generate(
             yield result
 
 
-def _warn_about_prompts(plan: GenerationPlan) -> None:
+def _warn_about_prompts(request: GenerationRequest, plan: GenerationPlan) -> None:
     """The embedded model knows a small world only: say so where a prompt leaves it."""
     if plan.source.name != EMBEDDED_MODEL:
         return
     from sla_video.pipelines.tiny_wan.grammar import check_prompt
 
-    prompts = dict.fromkeys(video.prompt for video in plan.videos)
+    prompts = dict.fromkeys(" ".join(prompt.split()) for prompt in request.prompts)
     warnings = {prompt: text for prompt in prompts if (text := check_prompt(prompt))}
     for index, (prompt, text) in enumerate(warnings.items()):
         # The text holds the whole grammar, which is enough to read once.
         logger.warning("%s", text if index == 0 else f"{prompt!r} is outside the grammar too")
 
 
-def _load(request: GenerationRequest, plan: GenerationPlan, progress: Progress) -> _Loaded:
+def _load(
+    request: GenerationRequest, plan: GenerationPlan, team: Team, progress: Progress
+) -> _Loaded:
     start = time.perf_counter()
     progress.stage(f"loading {plan.source.name}")
     from sla_video.pipelines.loading import download, find_device, find_dtype, load_pipeline
 
-    device = find_device(request.device)
+    device = team.own_device(find_device(request.device))
     dtype = find_dtype(request.dtype, device)
     if request.offload and device.type == "cpu":
         raise InputError("`offload` moves idle parts from a GPU to host memory: it needs a GPU")
@@ -196,6 +211,10 @@ def _make_video(
         )
 
     write_video(video.path, frames, plan.fps, sidecar)
+    return _describe(video, seconds)
+
+
+def _describe(video: VideoPlan, seconds: dict[str, float]) -> GeneratedVideo:
     return GeneratedVideo(
         path=video.path,
         sidecar=sidecar_of(video.path),
@@ -218,7 +237,7 @@ def _denoise(
     import torch
 
     pipe = loaded.pipe
-    lap = _lap_timer(loaded.device)
+    lap = lap_timer(loaded.device)
     guided = plan.guidance_scale > 1
     with torch.no_grad():
         progress.stage(f"reading the prompt{count}")
@@ -264,23 +283,6 @@ def _denoise(
     frames: np.ndarray[Any, Any] = (images * 255).round().astype(np.uint8)
     seconds["decode"] = lap()
     return frames
-
-
-def _lap_timer(device: torch.device) -> Callable[[], float]:
-    """A function that returns the seconds since it was last called, queued GPU work included."""
-    import torch
-
-    last = time.perf_counter()
-
-    def lap() -> float:
-        nonlocal last
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        elapsed, last = now - last, now
-        return elapsed
-
-    return lap
 
 
 def _memory_advice(request: GenerationRequest, plan: GenerationPlan, loaded: _Loaded) -> str:

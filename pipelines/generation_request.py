@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sla_video.config import SLAConfig
+from sla_video.pipelines.earlier_videos import EarlierVideos
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource, find_model
 from sla_video.pipelines.video_files import plan_outputs
@@ -47,6 +48,8 @@ class GenerationRequest:
         offload: keep idle components in host memory.
         out: a file that ends in .mp4, or a folder; `None` is the current folder.
         overwrite: replace a file that exists.
+        resume: keep videos that an earlier run with the same prompts, seed and settings has
+            finished, and make the rest.
 
     Raises:
         InputError: a setting out of range, or two that contradict each other.
@@ -72,6 +75,7 @@ class GenerationRequest:
     offload: bool = False
     out: Path | None = None
     overwrite: bool = False
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -91,6 +95,10 @@ class GenerationRequest:
         _check_whole("num_videos", self.num_videos, 1)
         count = len(self.prompts) * self.num_videos
         _check_whole("seed", self.seed, 0, _MAX_SEED - count)
+        if self.resume and self.overwrite:
+            raise InputError("`resume` keeps what `overwrite` would replace: leave one out")
+        if self.resume and self.seed is None:
+            raise InputError("`resume` looks for the videos of a seed: give it with --seed")
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbelow(2**31))
         scale, fps = self.guidance_scale, self.fps
@@ -118,11 +126,16 @@ def _check_whole(name: str, value: int | None, low: int, high: int | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """One video to make: its prompt, its seed and its file."""
+    """One video to make: its prompt, its seed and its file.
+
+    Attributes:
+        finished: the file is there already, from an earlier run.
+    """
 
     prompt: str
     seed: int
     path: Path
+    finished: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +162,11 @@ class GenerationPlan:
     max_sequence_length: int
 
 
-def plan_generation(request: GenerationRequest) -> GenerationPlan:
+def plan_generation(request: GenerationRequest, *, name_files: bool = True) -> GenerationPlan:
     """Find the model and check the request against it.
+
+    Args:
+        name_files: whether to plan the videos, with files that are not taken.
 
     Raises:
         InputError: no such model, sizes that it cannot make, or an output that is taken.
@@ -172,21 +188,29 @@ def plan_generation(request: GenerationRequest) -> GenerationPlan:
     routers = request.routers
     if routers is None and not request.dense and values["sparsity"] >= defaults.routers_sparsity:
         routers = defaults.routers
-    prompts = [" ".join(p.split()) for p in request.prompts for _ in range(request.num_videos)]
-    assert request.seed is not None  # drawn in __post_init__
-    seeds = [request.seed + index for index in range(len(prompts))]
-    paths = plan_outputs(request.out, prompts, seeds, overwrite=request.overwrite)
-    return GenerationPlan(
+    plan = GenerationPlan(
         source=source,
-        videos=tuple(
-            VideoPlan(prompt=prompt, seed=seed, path=path)
-            for prompt, seed, path in zip(prompts, seeds, paths, strict=True)
-        ),
+        videos=(),
         routers=None if routers == NO_ROUTERS else routers,
         dense=request.dense,
         negative_prompt=request.negative_prompt,
         max_sequence_length=defaults.max_sequence_length,
         **values,
+    )
+    return dataclasses.replace(plan, videos=_videos_of(request, plan)) if name_files else plan
+
+
+def _videos_of(request: GenerationRequest, plan: GenerationPlan) -> tuple[VideoPlan, ...]:
+    """All videos of `request`, with their files."""
+    prompts = [" ".join(p.split()) for p in request.prompts for _ in range(request.num_videos)]
+    assert request.seed is not None  # drawn in __post_init__
+    seeds = [request.seed + index for index in range(len(prompts))]
+    earlier = EarlierVideos(settings_of(request, plan)) if request.resume else None
+    paths = plan_outputs(request.out, prompts, seeds, overwrite=request.overwrite, earlier=earlier)
+    return tuple(
+        # Only a file of the same video is named although it exists.
+        VideoPlan(prompt=prompt, seed=seed, path=path, finished=request.resume and path.exists())
+        for prompt, seed, path in zip(prompts, seeds, paths, strict=True)
     )
 
 

@@ -63,7 +63,8 @@ class TransformerPatch:
         """Put the processors in place. Everything that can fail has to be checked before."""
         self.processors = dict(processors)
         for name, processor in self.processors.items():
-            self.layers[name].set_processor(processor)  # type: ignore[operator]
+            # Not `set_processor`, which the attention of Mochi does not have.
+            self.layers[name].processor = processor
         # Before the step decides whether our LoRA has an effect, it has to be there.
         hooks = [LoraGuard(transformer)] if lora_parameters(transformer) else []
         for each in (*hooks, hook):
@@ -180,7 +181,10 @@ class SLAHandle:
         return {component: adapter for component, adapter in found.items() if adapter is not None}
 
     def stats(self) -> SLAStats:
-        """What each layer did since it was patched or since `reset_stats`. Waits for the device."""
+        """What each layer did since it was patched or since `reset_stats`. Waits for the device.
+
+        In context parallelism these are the means over the heads of this rank.
+        """
         return SLAStats(
             layers=tuple(
                 processor.recorder.read(name) for name, processor in self.processors.items()

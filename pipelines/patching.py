@@ -23,6 +23,7 @@ from sla_video.pipelines.families.registry import (
 from sla_video.pipelines.first_steps import FirstStepsDense
 from sla_video.pipelines.handle import SLAHandle, TransformerPatch
 from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
+from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
@@ -79,7 +80,7 @@ def enable_sla(
     Raises:
         TypeError: neither a pipeline with a supported transformer nor such a transformer.
         ValueError: already enabled, a setting out of range, routers of another model or trained
-            with other blocks, or context parallelism in use.
+            with other blocks, or a kind of parallelism other than Ulysses in use.
     """
     transformers = _find_transformers(pipe_or_transformer, component)
     families = {name: family_of(transformer) for name, transformer in transformers.items()}
@@ -205,23 +206,21 @@ def _check_patchable(name: str, transformer: nn.Module, family: Family) -> None:
             f"SLA attention is already enabled in {name!r}: call `disable_sla` (or the handle's "
             "`remove`) before enabling it anew"
         )
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError(
-            f"{name!r} runs in parallel over several devices (`enable_parallelism`), and SLA "
-            "attention needs all tokens on one: load the model without it"
-        )
+    # Raises for kinds of parallelism in which SLA attention is not exact.
+    Ulysses.of(getattr(transformer, "_parallel_config", None))
     for layer_name, layer in family.layers(transformer).items():
+        hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {})
+        if any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values()):
+            raise ValueError(
+                f"{name}.{layer_name} skips its attention scores (perturbed attention guidance, "
+                "`LayerSkipConfig`), which SLA attention does not compute: remove that hook first"
+            )
         processor = layer.processor
         if not _is_stock(processor, family):
             raise ValueError(
                 f"{name}.{layer_name} has the processor {type(processor).__name__}, and SLA "
                 f"attention would drop what it adds: put {' or '.join(family.processors)} back "
                 "first"
-            )
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise ValueError(
-                f"{name}.{layer_name} is set up for context parallelism, and SLA attention needs "
-                "all tokens on one device: load the model without it"
             )
 
 

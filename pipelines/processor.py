@@ -17,10 +17,12 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
-from sla_video.kernels.router import Router
+from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
+from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.lora import check_not_fused
+from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.stats import LayerRecorder, router_estimate
 
 logger = logging.getLogger("sla_video")
@@ -70,6 +72,9 @@ class SLAAttnProcessor(nn.Module):
         config: settings of the operator.
         sparsity: of this layer, None for a layer that stays dense.
         switch: shared by the layers of one transformer.
+
+    Attributes:
+        impl: implementation of the operator, as chosen.
     """
 
     def __init__(
@@ -94,11 +99,12 @@ class SLAAttnProcessor(nn.Module):
         self._held_router = (router,)
         self.sparsity = sparsity
         self.switch = switch
+        self._ulysses = self._check_parallel(self._parallel_config)
         self.recorder = LayerRecorder()
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
         self.attention: Attention | None = None
-        self._impl = config.impl
+        self.impl = config.impl
         self._options: dict[str, Any] = {
             "block_q": config.block_q,
             "block_k": config.block_k,
@@ -116,9 +122,17 @@ class SLAAttnProcessor(nn.Module):
         return self._held_router[0]
 
     @property
+    def local_router(self) -> Router | None:
+        """The router of the heads that are computed here: all, or a rank's share of them."""
+        router = self.router
+        if router is None or self._ulysses is None:
+            return router
+        return router_heads(router, *self._ulysses.own_heads(router.heads))
+
+    @property
     def operator_options(self) -> dict[str, Any]:
         """Keyword arguments of `sla2_attention` for this layer."""
-        return {"sparsity": self.sparsity, "impl": self._impl, **self._options}
+        return {"sparsity": self.sparsity, "impl": self.impl, **self._options}
 
     @property
     def _attention_backend(self) -> Any:
@@ -130,17 +144,30 @@ class SLAAttnProcessor(nn.Module):
         self.original._attention_backend = backend
 
     @property
-    def _parallel_config(self) -> None:
+    def _parallel_config(self) -> Any:
         """Diffusers sets this to shard the tokens; a processor without it is wrong in silence."""
-        return None
+        return getattr(self.original, "_parallel_config", None)
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
-        if config is not None:
+        if config is not None and not hasattr(self.original, "_parallel_config"):
             raise ValueError(
-                "context parallelism shards the tokens, and SLA attention needs all of them: "
-                "call `disable_sla` before `enable_parallelism`, or run on one device"
+                f"Diffusers' {type(self.original).__name__} does not support context parallelism, "
+                "which calls that run dense would need: run on one device"
             )
+        self._ulysses = self._check_parallel(config)
+        self.original._parallel_config = config
+
+    def _check_parallel(self, config: Any) -> Ulysses | None:
+        ulysses = Ulysses.of(config)
+        if ulysses is not None and not self.family.shardable:
+            raise ValueError(
+                f"SLA attention does not run in context parallelism in {self.family.name}: run it "
+                "on one device"
+            )
+        if ulysses is not None and self.router is not None:
+            ulysses.check_heads(self.router.heads)
+        return ulysses
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, `.cuda()`…: the router follows to the device and stays fp32."""
@@ -176,23 +203,40 @@ class SLAAttnProcessor(nn.Module):
                 return self.original(attn, hidden_states, *args, **kwargs)
             return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
-    def _operate(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _operate(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+    ) -> torch.Tensor:
+        """An `Operate`; `context` is what `sla2_attention` calls `context` and `context_mask`."""
         self._follow(query.device)
-        if self.attention is not None:
-            return self.attention(self, query, key, value)
-        return self._operator(query, key, value)
+        if self._ulysses is None:
+            return self._run(query, key, value, **context)
+        assert not context, "families with a context are not shardable"
+        return self._ulysses.attend(self._run, query, key, value)
+
+    def _run(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+    ) -> torch.Tensor:
+        """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
+        if self.attention is None:
+            return self._operator(query, key, value, **context)
+        if context:
+            raise InputError(
+                f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
+                "attend to each other, and training knows video alone"
+            )
+        return self.attention(self, query, key, value)
 
     def sla2(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
     ) -> torch.Tensor:
         """SLA2 of `[B, L, H, D]` as this layer has it, unrecorded; `changes` of its options."""
         output: torch.Tensor = sla2_attention(
-            query, key, value, self.router, **{**self.operator_options, **changes}
+            query, key, value, self.local_router, **{**self.operator_options, **changes}
         )
         return output
 
     def _operator(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
     ) -> torch.Tensor:
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
@@ -204,8 +248,9 @@ class SLAAttnProcessor(nn.Module):
             query,
             key,
             value,
-            self.router,
+            self.local_router,
             return_lse=recall,
+            **context,
             **self.operator_options,
         )
         if not isinstance(result, tuple):
@@ -224,7 +269,7 @@ class SLAAttnProcessor(nn.Module):
             self.recorder.add("sparsity", 1 - num_selected(self.sparsity, total) / total)
             return
         dropped, recall = router_estimate(
-            query, key, self.router, sparsity=self.sparsity, **self._options
+            query, key, self.local_router, sparsity=self.sparsity, **self._options
         )
         self.recorder.add("sparsity", dropped)
         if self.recorder.router_recall:

@@ -37,9 +37,14 @@ class NoProgress:
 
 
 class TerminalProgress:
-    """A bar on stderr with the step and the time left. It vanishes when the work is done."""
+    """A bar on stderr with the step and the time left. It vanishes when the work is done.
 
-    def __init__(self) -> None:
+    Args:
+        shown: False where another process shows its own.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
 
@@ -56,6 +61,8 @@ class TerminalProgress:
 
     def stage(self, label: str, steps: int | None = None) -> None:
         """Begin a stage; the one before it is done."""
+        if not self._shown:
+            return
         if self._bar is None:
             self._bar = _new_bar()
             self._bar.start()

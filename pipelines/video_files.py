@@ -19,6 +19,8 @@ from sla_video.pipelines.errors import InputError, one_line
 if TYPE_CHECKING:
     import numpy as np
 
+    from sla_video.pipelines.earlier_videos import EarlierVideos
+
 _SUFFIX = ".mp4"
 _SLUG_LENGTH = 48
 _SLUG_BYTES = 160
@@ -43,16 +45,23 @@ def slug(prompt: str) -> str:
 
 
 def plan_outputs(
-    out: Path | None, prompts: Sequence[str], seeds: Sequence[int], *, overwrite: bool
+    out: Path | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    overwrite: bool,
+    earlier: EarlierVideos | None = None,
 ) -> list[Path]:
     """The file of each video: `out` itself if it ends in .mp4, else names made up in folder `out`.
 
     Names in a folder are `<prompt>-seed<seed>.mp4`; a name that is taken gets `-2`, `-3`, …, so
     nothing is replaced. A file given by name is refused if it exists, unless `overwrite`.
+    What an `earlier` run has made of the same video keeps its name.
 
     Args:
         out: a file, a folder (made when writing), or `None` for the current folder.
         prompts, seeds: of each video, in order.
+        earlier: to go on with an interrupted run.
 
     Raises:
         InputError: one file for several videos, a name that is taken, or not an .mp4 file.
@@ -63,7 +72,7 @@ def plan_outputs(
             raise InputError(
                 f"`out` names one file, {out}, for {len(prompts)} videos: give a folder instead"
             )
-        if not overwrite and (out.exists() or sidecar_of(out).exists()):
+        if not overwrite and _is_taken(out, prompts[0], seeds[0], earlier):
             taken = out if out.exists() else sidecar_of(out)
             raise InputError(f"{taken} exists: give another --out, or --overwrite to replace it")
         return [out]
@@ -73,11 +82,18 @@ def plan_outputs(
     for prompt, seed in zip(prompts, seeds, strict=True):
         stem, number = f"{slug(prompt)}-seed{seed}", 1
         path = out / (stem + _SUFFIX)
-        while path in paths or (not overwrite and (path.exists() or sidecar_of(path).exists())):
+        while path in paths or (not overwrite and _is_taken(path, prompt, seed, earlier)):
             number += 1
             path = out / f"{stem}-{number}{_SUFFIX}"
         paths.append(path)
     return paths
+
+
+def _is_taken(path: Path, prompt: str, seed: int, earlier: EarlierVideos | None) -> bool:
+    """Whether a file or its sidecar is there, unless both are of this very video."""
+    if not (path.exists() or sidecar_of(path).exists()):
+        return False
+    return earlier is None or not earlier.made(sidecar_of(path), prompt, seed)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -90,12 +106,16 @@ class OutputFolder:
 
     Entering makes it, its parents included; leaving removes what was made and stayed empty.
 
+    Args:
+        shared: other processes may be about to write there: nothing is removed.
+
     Raises:
         InputError: on entering, when it cannot be made or written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
         self.folder = folder
+        self._shared = shared
         self._made: list[Path] = []
 
     def __enter__(self) -> OutputFolder:
@@ -117,6 +137,8 @@ class OutputFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._shared:
+            return
         for path in reversed(self._made):
             try:
                 path.rmdir()

@@ -27,7 +27,7 @@ from sla_video.cli_options import (
     Prompts,
     Width,
 )
-from sla_video.console import PROGRAM, run_command, set_up_messages
+from sla_video.console import PROGRAM, print_videos, run_command, set_up_messages
 from sla_video.pipelines.errors import InputError
 
 app = typer.Typer(
@@ -134,49 +134,55 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that exist.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep what an earlier run with this --seed has finished."),
+    ] = False,
 ) -> None:
     """Generate videos from prompts.
 
-    Writes an MP4 and beside it a JSON file with all settings, and prints the MP4's path.
+    Writes an MP4 and beside it a JSON file with all settings, and prints the MP4's path. Under
+    torchrun or accelerate launch, each process makes its share of the videos.
 
     \b
     Examples:
       sla-video generate "a red circle moves left on a white background"
       sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
+      torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
     """
     from sla_video.pipelines.generation import generate as generate_videos
     from sla_video.pipelines.generation_request import GenerationRequest, read_prompts
+    from sla_video.pipelines.processes import Team
     from sla_video.pipelines.progress import TerminalProgress
 
-    if prompt and prompts is not None:
-        raise InputError("give prompts as arguments or with --prompts, not both")
-    request = GenerationRequest(
-        prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
-        model=model,
-        routers=routers,
-        sparsity=sparsity,
-        dense=dense,
-        dense_steps=dense_steps,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        frames=frames,
-        height=height,
-        width=width,
-        fps=fps,
-        seed=seed,
-        num_videos=num_videos,
-        device=device,
-        dtype=dtype,
-        offload=offload,
-        out=out,
-        overwrite=overwrite,
-    )
-    with TerminalProgress() as progress:
-        for video in generate_videos(request, progress=progress):
-            seconds = ", ".join(f"{name} {value:.1f} s" for name, value in video.seconds.items())
-            typer.echo(f"seed {video.seed}: {seconds}", err=True)
-            typer.echo(video.path)
+    with Team.join() as team:
+        if prompt and prompts is not None:
+            raise InputError("give prompts as arguments or with --prompts, not both")
+        request = GenerationRequest(
+            prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
+            model=model,
+            routers=routers,
+            sparsity=sparsity,
+            dense=dense,
+            dense_steps=dense_steps,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=fps,
+            seed=seed,
+            num_videos=num_videos,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            out=out,
+            overwrite=overwrite,
+            resume=resume,
+        )
+        with TerminalProgress(team.rank == 0) as progress:
+            print_videos(generate_videos(request, progress=progress, team=team), team)
 
 
 app.command()(calibrate)

@@ -9,14 +9,19 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sla_video.pipelines.errors import InputError, one_line
+from sla_video.pipelines.errors import InputError, ReportedElsewhere, one_line
+
+if TYPE_CHECKING:
+    from sla_video.pipelines.generation import GeneratedVideo
+    from sla_video.pipelines.processes import Team
 
 PROGRAM = "sla-video"
 FAILED = 1
@@ -61,6 +66,37 @@ def set_up_messages(*, verbose: bool) -> None:
             os.environ.setdefault(name, "critical")
 
 
+def print_videos(videos: Iterable[GeneratedVideo], team: Team) -> None:
+    """Print the path of each video once it is there; the first of several processes sums up.
+
+    Raises:
+        ReportedElsewhere: in that one, another failed.
+    """
+    start = time.monotonic()
+    made = kept = 0
+    for video in videos:
+        if video.seconds:
+            made += 1
+            stages = ", ".join(f"{name} {value:.1f} s" for name, value in video.seconds.items())
+        else:
+            kept += 1
+            stages = "finished by an earlier run"
+        typer.echo(f"seed {video.seed}: {stages}", err=True)
+        typer.echo(video.path)
+    results, failed = team.end(made)
+    if team.rank or (team.size == 1 and not kept):
+        return
+    processes = "1 process" if team.size == 1 else f"{team.size} processes"
+    summary = f"{sum(results)} made by {processes} in {time.monotonic() - start:.1f} s"
+    if kept:
+        summary += f", {kept} finished by an earlier run"
+    if failed:
+        summary += f"; {len(failed)} of the processes failed: --resume makes the rest"
+    typer.echo(summary, err=True)
+    if failed:
+        raise ReportedElsewhere(failed[0])
+
+
 def run_command(call: Callable[[], Any]) -> int:
     """Call a command and return its exit code, with one line on stderr for a failure.
 
@@ -70,6 +106,8 @@ def run_command(call: Callable[[], Any]) -> int:
     with _ending_cleanly():
         try:
             code = call()
+        except ReportedElsewhere:
+            return BAD_INPUT
         except InputError as error:
             return _fail(one_line(error), BAD_INPUT)
         except (KeyboardInterrupt, typer.Abort):

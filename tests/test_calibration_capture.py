@@ -262,3 +262,11 @@ def test_values_that_are_not_numbers_name_the_layer():
 def test_more_captures_than_steps_are_refused(tiny_pipeline, changes):
     with pytest.raises(InputError, match=r"of the 4 denoising steps are sparse steps"):
         plan_calls(tiny_pipeline, dataclasses.replace(PLAN, **changes))
+
+
+def test_pieces_of_the_tokens_are_not_captured():
+    """In context parallelism the hooks would see what one device has."""
+    pipe = build_tiny_pipeline()
+    pipe.transformer.blocks[1].attn1.processor._parallel_config = object()
+    with pytest.raises(InputError, match=r"blocks\.1\.attn1 sees a piece.*on one device"):
+        dict(source_of(pipe))

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from diffusers import TorchAoConfig, WanPipeline, WanTransformer3DModel, attention_backend
-from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from diffusers.models import attention_dispatch
 from torch._dynamo.testing import CompileCounter
 from triton_cases import needs_triton
@@ -239,10 +240,20 @@ def test_weights_that_diffusers_quantizes_on_loading(tmp_path):
 @pytest.mark.parametrize("patched", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", ["skip_attention", "skip_attention_scores"])
 def test_skipped_attention_is_refused_by_diffusers_for_wan(kind, patched):
-    """If Diffusers learns it: scores that are skipped inside SLA2 would be wrong in silence."""
     model = build_tiny_transformer()
     if patched:
         enable_sla(model, config=SMALL_BLOCKS)
     skip = {"skip_attention": False, "skip_ff": False, kind: True}
     with pytest.raises(ValueError, match="AttnProcessor'> not registered"):
         apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="blocks", **skip))
+
+
+def test_skipped_scores_are_refused_where_diffusers_allows_them():
+    """As in other families: what replaces scores would replace those of the selected blocks."""
+    model = build_tiny_transformer()
+    registry = HookRegistry.check_if_exists_or_initialize(model.blocks[1].attn1)
+    registry.register_hook(AttentionProcessorSkipHook(None, skip_attention_scores=True), "skip")
+    with pytest.raises(ValueError, match=r"transformer.blocks.1.attn1 skips its attention scores"):
+        enable_sla(model, config=SMALL_BLOCKS)
+    registry.remove_hook("skip")
+    enable_sla(model, config=SMALL_BLOCKS)

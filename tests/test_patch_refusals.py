@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import types
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from diffusers import (
     ContextParallelConfig,
     FlowMatchEulerDiscreteScheduler,
-    attention_backend,
+    ParallelConfig,
+    TensorParallelConfig,
 )
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
@@ -98,36 +98,32 @@ def test_a_processor_that_was_exchanged_afterwards_stays(caplog):
     assert all(type(p) is WanAttnProcessor for p in model.attn_processors.values())
 
 
-def test_context_parallelism_is_refused_when_the_model_is_patched():
+def test_tensor_parallelism_is_refused():
+    model = build_tiny_transformer()
+    model._parallel_config = ParallelConfig(
+        tensor_parallel_config=TensorParallelConfig(tp_degree=2)
+    )
+    with pytest.raises(ValueError, match=r"tensor parallelism.*ulysses_degree=N"):
+        enable_sla(model)
+    assert type(model.blocks[0].attn1.processor) is WanAttnProcessor
+
+
+def test_a_parallel_configuration_that_is_not_set_up_is_refused():
     """Diffusers' `enable_parallelism` sets this attribute, and only where it exists."""
     model = build_tiny_transformer()
     enable_sla(model)
+    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
     for block in model.blocks:
         assert hasattr(block.attn1.processor, "_parallel_config")
-        with pytest.raises(ValueError, match=r"context parallelism.*`disable_sla`"):
-            block.attn1.processor._parallel_config = object()
+        with pytest.raises(ValueError, match=r"no process group yet.*enable_parallelism"):
+            block.attn1.processor._parallel_config = config
         block.attn1.processor._parallel_config = None
 
 
-def test_diffusers_own_call_for_context_parallelism_is_refused(monkeypatch):
+def test_a_stock_processor_that_knows_no_context_parallelism_is_refused():
     model = build_tiny_transformer()
-    enable_sla(model)
-    # A unit test has no second process: only the talk with it is taken out.
-    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    config = ContextParallelConfig(ulysses_degree=2, mesh=MagicMock())
-    with attention_backend("_native_cudnn"), pytest.raises(ValueError, match="context parallel"):
-        model.enable_parallelism(config=config)
-
-
-@pytest.mark.parametrize("where", ["model", "processor"])
-def test_a_model_that_runs_in_parallel_is_refused(where):
-    model = build_tiny_transformer()
-    if where == "model":
-        model._parallel_config = object()
-    else:
-        model.blocks[2].attn1.processor._parallel_config = object()
-    with pytest.raises(ValueError, match=r"parallel"):
-        enable_sla(model)
-    assert type(model.blocks[0].attn1.processor) is WanAttnProcessor
+    handle = enable_sla(model)
+    processor = handle.processors["transformer.blocks.0.attn1"]
+    processor.original = object()
+    with pytest.raises(ValueError, match="object does not support context parallelism"):
+        processor._parallel_config = ParallelConfig()

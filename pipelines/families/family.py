@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-# (query, key, value) -> output, all `[B, L, H, D]`, in place of a processor's attention function.
-Operate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Operate(Protocol):
+    """What stands in for a processor's attention function."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        context: tuple[torch.Tensor, torch.Tensor] | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Self-attention of `[B, L, H, D]`, to the same shape.
+
+        `context` are key and value `[B, C, H, D]` of further tokens, which all queries attend to
+        exactly where `context_mask` `[B, C]` is not False.
+        """
+        ...
 
 
 def _heads_and_dim(attn: Any) -> tuple[int, int]:
@@ -35,6 +52,8 @@ class Family:
             attention from this call, to follow "was called with". Such calls go to the stock
             processor, which a warning says once for each reason.
         heads_and_dim: attention module -> (H, D).
+        shardable: whether context parallelism, which gives each device a piece of the tokens,
+            leaves all else in the transformer as it is, and self-attention has no other tokens.
     """
 
     name: str
@@ -45,6 +64,7 @@ class Family:
     attend: Callable[..., Any]
     why_dense: Callable[..., str | None]
     heads_and_dim: Callable[[Any], tuple[int, int]] = _heads_and_dim
+    shardable: bool = False
 
     def __reduce__(self) -> Any:
         # Copies of a patched model, pickled ones too, share the family.

@@ -21,4 +21,6 @@ WAN_ANIMATE = replace(
         "face_encoder_num_heads",
         "inject_face_latents_blocks",
     ),
+    # Attention to faces takes the tokens frame by frame, and a piece of them has no whole frames.
+    shardable=False,
 )
