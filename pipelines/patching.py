@@ -194,8 +194,8 @@ def _find_transformers(model: Any, component: str) -> dict[str, nn.Module]:
         )
         got = type(model).__name__ + ("" if isinstance(model, nn.Module) else holds)
         raise TypeError(
-            f"SLA attention supports {', '.join(supported_transformers())} of Diffusers, and the "
-            f"pipelines that have one; got {got}"
+            f"got {got}, but SLA attention supports {', '.join(supported_transformers())} of "
+            "Diffusers, and the pipelines that have one"
         )
     return found
 
