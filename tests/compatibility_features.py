@@ -75,6 +75,16 @@ def disable_lora(pipe: Any) -> None:
     pipe.disable_lora()
 
 
+def delete_lora(pipe: Any) -> None:
+    load_lora(pipe)
+    pipe.delete_adapters("style")
+
+
+def silence_lora(pipe: Any) -> None:
+    load_lora(pipe)
+    pipe.set_adapters("style", 0.0)
+
+
 def switch_lora_adapters(pipe: Any) -> None:
     load_lora(pipe)
     pipe.load_lora_weights(lora_weights(seed=6), adapter_name="other")

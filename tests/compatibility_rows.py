@@ -185,6 +185,8 @@ ROUTER_LORA_ROWS = [
         apply=do.switch_lora_adapters,
         users=((5, 0.5), (6, 0.25)),
     ),
+    RouterLora(name="`delete_adapters`", apply=do.delete_lora, note="Of your own."),
+    RouterLora(name="`set_adapters` with weight 0", apply=do.silence_lora, note="Of your own."),
     RouterLora(name="`fuse_lora`, `unfuse_lora`", apply=do.unfuse_lora, users=((5, 1.0),)),
     RouterLora(
         name="`load_lora_weights`, `fuse_lora`",
