@@ -150,10 +150,8 @@ def _choose_kind(
         return kind
     if index.get("expand_timesteps"):
         # TI2V-5B is one model for both pipelines, and sees a first picture only.
-        image = PIPELINE_KINDS["WanImageToVideoPipeline"]
-        return (
-            replace(image, takes=frozenset()) if "image" in given else PIPELINE_KINDS["WanPipeline"]
-        )
+        name = "WanImageToVideoPipeline" if "image" in given else "WanPipeline"
+        return replace(PIPELINE_KINDS[name], takes=frozenset({"image"}))
     if kind.name == "WanPipeline":
         one = not (index.get("transformer_2") or [None])[0]
         return PIPELINE_KINDS["WanVideoToVideoPipeline"] if "video" in given and one else kind
@@ -172,5 +170,5 @@ def _what_it_takes(kind: PipelineKind, refused: str) -> str:
             "image": "image-to-video models such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers do",
             "last_image": "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers does",
         }
-        return f"takes text only; {advice.get(refused, 'models such as VACE do')}"
+        return f"takes text only: {advice.get(refused, 'models such as VACE do')}"
     return f"takes {', '.join(taken)} only"
