@@ -43,7 +43,9 @@ def run_pipeline(
             text = _encode(pipe, plan, video)
             seconds["text"] = lap()
         else:
-            text = {"prompt": video.prompt, "negative_prompt": plan.negative_prompt}
+            text = {"prompt": video.prompt}
+            if plan.negative_prompt is not None:
+                text["negative_prompt"] = plan.negative_prompt
         progress.stage(f"denoising{count}", plan.denoising_steps)
         done = 0
 
@@ -74,7 +76,8 @@ def run_pipeline(
             raise InputError(f"{plan.pipeline.name} refuses: {one_line(error)}") from error
     if not np.isfinite(images).all():
         raise InputError(
-            f"the model produced values that are not numbers in {pipe.transformer.dtype}: use --dtype fp32"
+            f"the model produced values that are not numbers in {pipe.transformer.dtype}: "
+            "use --dtype fp32"
         )
     frames: np.ndarray[Any, Any] = (images * 255).round().astype(np.uint8)
     seconds["decode"] = lap()

@@ -123,9 +123,9 @@ def read_inputs(files: Mapping[str, Path], most_frames: int) -> GenerationInputs
     """
     files = {name: files[name].expanduser() for name in INPUTS if name in files}
     pictures = {
-        name: read_picture(files[name], option(name))
-        for name in ("image", "last_image")
-        if name in files
+        name: read_picture(path, option(name))
+        for name, path in files.items()
+        if name not in ("video", "mask")
     }
     video = mask = None
     if "video" in files:

@@ -146,7 +146,7 @@ def _load_encoders(
     found = {}
     for name, value in index.items():
         library, kind = value if isinstance(value, list) and len(value) == 2 else (None, None)
-        cls = getattr(transformers, str(kind), None) if library == "transformers" else None
+        cls: Any = getattr(transformers, str(kind), None) if library == "transformers" else None
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             continue
         found[name], report = cls.from_pretrained(

@@ -107,3 +107,19 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(loading, "load_pipeline", load)
+
+
+@pytest.fixture
+def frames_written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The frames of each video, before they are compressed."""
+    from sla_video.pipelines import generation
+
+    seen: list[Any] = []
+    write = generation.write_video
+
+    def spy(path: Path, frames: Any, *rest: Any) -> None:
+        seen.append(frames)
+        write(path, frames, *rest)
+
+    monkeypatch.setattr(generation, "write_video", spy)
+    return seen
