@@ -146,7 +146,12 @@ def _load(
         folder = download(plan.source.name, tuple(PIPELINE_KINDS))
         progress.stage(f"loading {plan.source.name}")
     pipe = load_pipeline(
-        folder, plan.pipeline.name, device=device, dtype=dtype, offload=request.offload
+        folder,
+        plan.pipeline.name,
+        device=device,
+        dtype=dtype,
+        offload=request.offload,
+        tiled=plan.pipeline.tiled,
     )
     handle = None if plan.dense else _enable(pipe, routers, plan)
     seconds = time.perf_counter() - start

@@ -116,7 +116,11 @@ def plan_generation(request: GenerationRequest, *, name_files: bool = True) -> G
         videos=(),
         dense=request.dense,
         negative_prompt=request.negative_prompt,
-        max_sequence_length=defaults.max_sequence_length if kind.like_wan else None,
+        max_sequence_length=(
+            defaults.max_sequence_length
+            if kind.like_wan
+            else source.transformer_config.get("max_text_seq_length")  # of CogVideoX
+        ),
         **values,
     )
     return dataclasses.replace(plan, videos=_videos_of(request, plan)) if name_files else plan

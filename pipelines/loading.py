@@ -75,6 +75,7 @@ def load_pipeline(
     device: torch.device,
     dtype: torch.dtype,
     offload: bool = False,
+    tiled: bool = False,
 ) -> Any:
     """Load a pipeline.
 
@@ -84,6 +85,7 @@ def load_pipeline(
         device: where the model runs.
         dtype: of the transformer and the text encoder. Wan's VAE and what sees pictures stay
             float32, which they need.
+        tiled: decode in tiles.
         offload: keep each component in host memory until it is needed (slower, less GPU memory).
 
     Returns:
@@ -95,6 +97,8 @@ def load_pipeline(
     try:
         with _no_progress_bars():
             pipe = _from_pretrained(folder, name, dtype)
+        if tiled:
+            pipe.vae.enable_tiling()
         if offload:
             pipe.enable_model_cpu_offload(device=device)
         else:
@@ -146,10 +150,11 @@ def _load_encoders(
     found = {}
     for name, value in index.items():
         library, kind = value if isinstance(value, list) and len(value) == 2 else (None, None)
-        cls: Any = getattr(transformers, str(kind), None) if library == "transformers" else None
+        cls = getattr(transformers, str(kind), None) if library == "transformers" else None
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-            continue
-        found[name], report = cls.from_pretrained(
+            continue  # tokenizers and image processors
+        model: Any = cls
+        found[name], report = model.from_pretrained(
             str(folder / name),
             dtype=dtypes.get(name, dtypes["default"]),
             use_safetensors=True,

@@ -34,6 +34,7 @@ class PipelineKind:
         like_wan: text is encoded by Wan's `encode_prompt`, and padded to `max_sequence_length`.
         frame_rate: what its call names the frames a second, where the model wants to know.
         fixed_length: the video is as long as the one it is given, which its call isn't told.
+        tiled: videos are decoded in tiles, as the whole of the usual size takes too much memory.
     """
 
     name: str
@@ -44,10 +45,17 @@ class PipelineKind:
     like_wan: bool = True
     frame_rate: str | None = None
     fixed_length: bool = False
+    tiled: bool = False
 
 
 def _other(
-    name: str, temporal: int, multiple: int, *needs: str, frame_rate: str | None = None, **own: Any
+    name: str,
+    temporal: int,
+    multiple: int,
+    *needs: str,
+    frame_rate: str | None = None,
+    tiled: bool = True,
+    **own: Any,
 ) -> PipelineKind:
     """A pipeline that is not Wan's; `own` are its settings, as its call has them."""
     return PipelineKind(
@@ -57,6 +65,7 @@ def _other(
         geometry=Geometry(multiple=(multiple, multiple), temporal=temporal),
         like_wan=False,
         frame_rate=frame_rate,
+        tiled=tiled,
     )
 
 
@@ -64,7 +73,7 @@ _SKYREELS: dict[str, Any] = {
     "defaults": ModelDefaults(frames=97, height=544, width=960, guidance_scale=6.0, fps=24)
 }
 _LTX: dict[str, Any] = {"frames": 161, "height": 512, "width": 704, "guidance_scale": 3.0}
-_LTX |= {"fps": 25, "frame_rate": "frame_rate"}
+_LTX |= {"fps": 25, "frame_rate": "frame_rate", "tiled": False}
 _COG: dict[str, Any] = {"frames": 49, "height": 480, "width": 720, "guidance_scale": 6.0, "fps": 8}
 
 PIPELINE_KINDS = {
@@ -88,10 +97,6 @@ PIPELINE_KINDS = {
         ),
         _other("LTXPipeline", 8, 32, **_LTX),
         _other("LTXImageToVideoPipeline", 8, 32, "image", **_LTX),
-        _other(
-            "AllegroPipeline", 1, 16,
-            frames=88, height=720, width=1280, steps=100, guidance_scale=7.5, fps=15,
-        ),
         _other("CogVideoXPipeline", 4, 16, **_COG),
         _other("CogVideoXImageToVideoPipeline", 4, 16, "image", **_COG),
         _other(
@@ -105,6 +110,7 @@ PIPELINE_KINDS = {
         _other(
             "EasyAnimatePipeline", 4, 16,
             frames=49, height=512, width=512, guidance_scale=5.0, fps=8,
+            tiled=False,
         ),
     )
 }  # fmt: skip
