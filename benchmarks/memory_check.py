@@ -46,6 +46,7 @@ def main() -> None:
     device = "cpu" if args.dry_run else "cuda"
     # Triton looks at its environment when it is imported.
     from sla_video.kernels.api import sla2_attention
+    from sla_video.kernels.triton_rotary import norm_rotate
 
     selections: tuple[tuple[Selection, int], ...] = (
         ("top_k", 333),
@@ -74,6 +75,18 @@ def main() -> None:
         gradients = torch.autograd.grad(out.float().square().sum() + lse.sum(), qkv)
         assert all(x.isfinite().all() for x in (out, lse, *gradients))
         print(dtype, sparse_dtype, head_dim, selection, length, "done", flush=True)
+    if part > 1:
+        return
+    for dtype, heads, head_dim in ((torch.bfloat16, 12, 128), (torch.float32, 3, 24)):
+        rows = torch.randn(2, 38, 3, heads * head_dim, device=device).to(
+            torch.float32 if args.dry_run else dtype
+        )
+        query, key = rows[:, 1:].unbind(2)[:2]
+        weights = torch.randn(2, heads * head_dim, device=device, dtype=rows.dtype)
+        tables = torch.randn(2, 1, 37, 1, head_dim, device=device)
+        turned = norm_rotate(query, key, *weights, *tables, heads=heads, eps=1e-6)
+        assert all(x.isfinite().all() for x in turned)
+        print(dtype, heads, head_dim, "norm_rotate done", flush=True)
 
 
 if __name__ == "__main__":

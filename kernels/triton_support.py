@@ -21,6 +21,8 @@ _FLOAT32_SHARED_BYTES = 196608
 _BLOCKS = (16, 32, 64, 128)
 # CUDA's limit on the second dimension of a grid.
 _MOST_HEADS = 65535
+# A row of all heads is one tile of the kernel that norms it.
+_MOST_HEADS_IN_A_ROW = 64
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -72,6 +74,28 @@ def why_not(query: Tensor, options: Options) -> str | None:
                 f"for `{name}` in {', '.join(map(str, known))} with sparse_dtype="
                 f"{options.sparse_dtype!r}, got {block}; use 'torch' instead"
             )
+    return None
+
+
+def rotary_refusal(states: Tensor, heads: int) -> str | None:
+    """Why `triton_rotary` cannot take queries or keys `[B, L, H*D]`; None if it can."""
+    reason: str | None = why_unavailable()
+    if reason is not None:
+        return reason
+    # Of what is told apart there, a pass over memory needs no more than the smallest.
+    reason = _why_not_on(states.device, states.dtype, 64, "bf16")
+    if reason is not None:
+        return reason
+    if states.dtype not in DTYPES:
+        return f"for float16, bfloat16 and float32, got {states.dtype}"
+    head_dim = states.shape[-1] // heads
+    if head_dim % 2 or head_dim > LARGEST_HEAD_DIM or heads > _MOST_HEADS_IN_A_ROW:
+        return (
+            f"for even head dimensions up to {LARGEST_HEAD_DIM} and up to {_MOST_HEADS_IN_A_ROW} "
+            f"heads, got {head_dim} and {heads}"
+        )
+    if states.shape[0] > _MOST_HEADS:
+        return f"for batches of at most {_MOST_HEADS}, got {states.shape[0]}"
     return None
 
 

@@ -19,6 +19,7 @@ from sla_video.config import SLAConfig
 from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
+from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.parallel import Ulysses
@@ -71,6 +72,9 @@ class SLAAttnProcessor(nn.Module):
         config: settings of the operator.
         sparsity: of this layer, None for a layer that stays dense.
         switch: shared by the layers of one transformer.
+
+    Attributes:
+        impl: implementation of the operator, as chosen.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class SLAAttnProcessor(nn.Module):
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
         self.attention: Attention | None = None
-        self._impl = config.impl
+        self.impl = config.impl
         self._options: dict[str, Any] = {
             "block_q": config.block_q,
             "block_k": config.block_k,
@@ -128,7 +132,7 @@ class SLAAttnProcessor(nn.Module):
     @property
     def operator_options(self) -> dict[str, Any]:
         """Keyword arguments of `sla2_attention` for this layer."""
-        return {"sparsity": self.sparsity, "impl": self._impl, **self._options}
+        return {"sparsity": self.sparsity, "impl": self.impl, **self._options}
 
     @property
     def _attention_backend(self) -> Any:
@@ -199,17 +203,28 @@ class SLAAttnProcessor(nn.Module):
                 return self.original(attn, hidden_states, *args, **kwargs)
             return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
-    def _operate(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _operate(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+    ) -> torch.Tensor:
+        """An `Operate`; `context` is what `sla2_attention` calls `context` and `context_mask`."""
         self._follow(query.device)
         if self._ulysses is None:
-            return self._run(query, key, value)
+            return self._run(query, key, value, **context)
+        assert not context, "families with a context are not shardable"
         return self._ulysses.attend(self._run, query, key, value)
 
-    def _run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+    ) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
-        if self.attention is not None:
-            return self.attention(self, query, key, value)
-        return self._operator(query, key, value)
+        if self.attention is None:
+            return self._operator(query, key, value, **context)
+        if context:
+            raise InputError(
+                f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
+                "attend to each other, and training knows video alone"
+            )
+        return self.attention(self, query, key, value)
 
     def sla2(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
@@ -221,7 +236,7 @@ class SLAAttnProcessor(nn.Module):
         return output
 
     def _operator(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
     ) -> torch.Tensor:
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
@@ -235,6 +250,7 @@ class SLAAttnProcessor(nn.Module):
             value,
             self.local_router,
             return_lse=recall,
+            **context,
             **self.operator_options,
         )
         if not isinstance(result, tuple):

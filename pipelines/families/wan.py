@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sla_video.pipelines.families.family import Family, Operate, layers_named
-from sla_video.pipelines.families.rotary import rotate
+from sla_video.pipelines.families.rotary import norm_and_rotate
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,7 +29,8 @@ def attend(
 
     `rotary_emb` is (cos, sin), each `[1, L, 1, D]`.
     """
-    return project_out(attn, operate(*project_in(attn, hidden_states, rotary_emb)))
+    parts = project_in(attn, hidden_states, rotary_emb, impl=attn.processor.impl)
+    return project_out(attn, operate(*parts))
 
 
 def why_dense(
@@ -51,20 +52,21 @@ def project_in(
     attn: Any,
     hidden_states: torch.Tensor,
     rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    impl: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value `[B, L, H, D]` of `[B, L, H*D]`: projected, normed, rotated."""
+    """Query, key and value `[B, L, H, D]` of `[B, L, H*D]`: projected, normed, rotated.
+
+    `impl`, of SLA attention, says whether a kernel of ours may norm and rotate.
+    """
     if attn.fused_projections:
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
         query = attn.to_q(hidden_states)
         key = attn.to_k(hidden_states)
         value = attn.to_v(hidden_states)
-    query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
-    key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-    value = value.unflatten(2, (attn.heads, -1))
-    if rotary_emb is not None:
-        query, key = rotate(query, key, *rotary_emb)
-    return query, key, value
+    query, key = norm_and_rotate(attn, query, key, rotary_emb, impl)
+    return query, key, value.unflatten(2, (attn.heads, -1))
 
 
 def project_out(attn: Any, output: torch.Tensor) -> torch.Tensor:
