@@ -54,7 +54,7 @@ def _other(
     multiple: int,
     *needs: str,
     frame_rate: str | None = None,
-    tiled: bool = True,
+    tiled: bool = False,
     **own: Any,
 ) -> PipelineKind:
     """A pipeline that is not Wan's; `own` are its settings, as its call has them."""
@@ -73,7 +73,7 @@ _SKYREELS: dict[str, Any] = {
     "defaults": ModelDefaults(frames=97, height=544, width=960, guidance_scale=6.0, fps=24)
 }
 _LTX: dict[str, Any] = {"frames": 161, "height": 512, "width": 704, "guidance_scale": 3.0}
-_LTX |= {"fps": 25, "frame_rate": "frame_rate", "tiled": False}
+_LTX |= {"fps": 25, "frame_rate": "frame_rate"}
 _COG: dict[str, Any] = {"frames": 49, "height": 480, "width": 720, "guidance_scale": 6.0, "fps": 8}
 
 PIPELINE_KINDS = {
@@ -101,16 +101,11 @@ PIPELINE_KINDS = {
         _other("CogVideoXImageToVideoPipeline", 4, 16, "image", **_COG),
         _other(
             "HunyuanVideoPipeline", 4, 16,
-            frames=129, height=720, width=1280, guidance_scale=6.0, fps=24,
+            frames=129, height=720, width=1280, guidance_scale=6.0, fps=24, tiled=True,
         ),
         _other(
             "MochiPipeline", 6, 16,
-            frames=85, height=480, width=848, steps=64, guidance_scale=4.5, fps=30,
-        ),
-        _other(
-            "EasyAnimatePipeline", 4, 16,
-            frames=49, height=512, width=512, guidance_scale=5.0, fps=8,
-            tiled=False,
+            frames=85, height=480, width=848, steps=64, guidance_scale=4.5, fps=30, tiled=True,
         ),
     )
 }  # fmt: skip

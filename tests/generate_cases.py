@@ -7,15 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import imageio.v2 as imageio
 import numpy as np
+import tiny_families_joint as joint
 import tiny_families_other as other
 import tiny_families_wan as wan
 from cli_tools import SMALL, call
 from family_cases import clip, picture
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
-from tiny_models import build_tiny_pipeline
+from tiny_models import TEXT_DIM, build_tiny_pipeline, build_tiny_tokenizer, seeded
 
 PROMPT = "a red circle moves left"
 SIDE = 32
@@ -33,6 +36,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "skyreels i2v": lambda: wan.skyreels("SkyReelsV2ImageToVideoPipeline", image=True),
     "ltx": lambda: other.ltx("LTXPipeline"),
     "ltx i2v": lambda: other.ltx("LTXImageToVideoPipeline"),
+    "cogvideox": joint.CASES["cogvideox"].build,
+    "cogvideox i2v": joint.CASES["cogvideox i2v"].build,
+    "mochi": joint.mochi,
+    "hunyuan": lambda: hunyuan(),
 }
 # Options that give the files of `write_inputs`.
 GIVEN = {
@@ -41,6 +48,31 @@ GIVEN = {
     "video": ["--video", "clip.avi"],
     "mask": ["--mask", "mask.png"],
 }
+
+
+def hunyuan() -> Any:
+    """HunyuanVideo with text encoders."""
+    parts = joint.hunyuan().components
+    names = ("vae", "transformer", "scheduler")
+    tokenizer = build_tiny_tokenizer()
+    heads = {"vocab_size": len(tokenizer), "num_attention_heads": 2}
+    llama = LlamaConfig(
+        hidden_size=TEXT_DIM, intermediate_size=32, num_hidden_layers=3, num_key_value_heads=2,
+        **heads,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        hidden_size=joint.POOLED_DIM, intermediate_size=16, num_hidden_layers=1, eos_token_id=1,
+        **heads,
+    )  # fmt: skip
+    return joint.silent(
+        diffusers.HunyuanVideoPipeline(
+            **{name: parts[name] for name in names},
+            tokenizer=tokenizer,
+            tokenizer_2=build_tiny_tokenizer(),
+            text_encoder=seeded(LlamaModel, {"config": llama}, 0),
+            text_encoder_2=seeded(CLIPTextModel, {"config": clip}, 0),
+        )
+    )
 
 
 def write_inputs(folder: Path) -> None:
