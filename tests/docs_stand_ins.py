@@ -181,10 +181,12 @@ def _small_call(
                 arguments[name] = value
         before = [_sparse_calls(handle) for handle in handles]
         result = original(**arguments)
-        patched = [hasattr(part, "_sla_patch") for part in self.components.values()]
-        if any(patched):
+        patched = [part for part in self.components.values() if hasattr(part, "_sla_patch")]
+        if patched:
             after = [_sparse_calls(handle) for handle in handles]
-            assert after != before or case.all_dense, "no call ran sparse attention"
+            # Calls in compiled blocks are not counted.
+            compiled = any(m._compiled_call_impl for part in patched for m in part.modules())
+            assert after != before or compiled, "no call ran sparse attention"
             called.append(self)
         return result
 

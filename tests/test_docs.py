@@ -46,8 +46,8 @@ GIVEN = {
     }
 }
 COMMANDS = ("", "generate", "calibrate", "finetune", "bench", "info")
-# Options of other programs: of `tiny_wan.evaluate`.
-FOREIGN_OPTIONS = {"--settings"}
+# Where programs of ours are that are not commands of `sla-video`.
+SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("pipelines/tiny_wan/*.py")]
 PROCESSES = 2
 
 
@@ -66,6 +66,15 @@ def files(here: Path) -> Path:
     (here / "prompts.txt").write_text("a red circle moves left\na blue square\n")
     write_videos(here / "VIDEOS", 3)
     return here
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of many small operations mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def launch(block: Block, folder: Path) -> None:
@@ -130,7 +139,8 @@ def test_every_block_runs(
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_options_in_the_prose_exist(page: str) -> None:
-    known = {flag for name in COMMANDS for flag in options_of(name)} | FOREIGN_OPTIONS | {"--help"}
+    known = {"--help"} | {flag for name in COMMANDS for flag in options_of(name)}
+    known |= {flag for path in SCRIPTS for flag in options_in(path.read_text(encoding="utf-8"))}
     for span in spans_of(page):
         if span.startswith("sla-video "):
             words = span.replace('"', "").split()[1:]
