@@ -20,13 +20,14 @@ from sla_video.pipelines.families.registry import (
     find_family,
     supported_transformers,
 )
-from sla_video.pipelines.handle import FirstStepsDense, SLAHandle, TransformerPatch
+from sla_video.pipelines.first_steps import FirstStepsDense
+from sla_video.pipelines.handle import SLAHandle, TransformerPatch
 from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
 from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
-from sla_video.pipelines.token_order import RASTER, TokenOrder
+from sla_video.pipelines.token_order import TokenOrder
 
 logger = logging.getLogger("sla_video")
 
@@ -72,8 +73,7 @@ def enable_sla(
             scheduler of the pipeline counts them. Needs a pipeline.
         sparse_dtype: number format of the sparse branch.
         impl: implementation of the operator. "auto" says at INFO which it took.
-        token_order: the order of the tokens, which decides what is together in a block; see
-            `SLAConfig`. All layers see it, dense ones too, and the output does not.
+        token_order: of all layers, which decides what is together in a block; see `SLAConfig`.
         config: all settings at once. Default: those of `routers`, else `SLAConfig()`. The
             arguments above replace single fields of it.
         component: for a bare transformer, which of the pipeline's it is, when `routers` hold two.
@@ -139,9 +139,7 @@ def enable_sla(
         switch = DenseSwitch()
         processors = _make_processors(name, families[name], layers, settings, router_set, switch)
         hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
-        order = None
-        if settings.token_order != RASTER:
-            order = TokenOrder(settings.token_order, families[name])
+        order = TokenOrder.of(settings.token_order, families[name])
         prepared.append((transformer, TransformerPatch(layers, switch), processors, hook, order))
     if router_set is not None:
         _attach_all(transformers, router_set.lora)
@@ -202,8 +200,8 @@ def _find_transformers(model: Any, component: str) -> dict[str, nn.Module]:
         )
         got = type(model).__name__ + ("" if isinstance(model, nn.Module) else holds)
         raise TypeError(
-            f"SLA attention supports {', '.join(supported_transformers())} of Diffusers, and the "
-            f"pipelines that have one; got {got}"
+            f"got {got}, but SLA attention supports {', '.join(supported_transformers())} of "
+            "Diffusers, and the pipelines that have one"
         )
     return found
 
@@ -217,6 +215,12 @@ def _check_patchable(name: str, transformer: nn.Module, family: Family) -> None:
     # Raises for kinds of parallelism in which SLA attention is not exact.
     Ulysses.of(getattr(transformer, "_parallel_config", None))
     for layer_name, layer in family.layers(transformer).items():
+        hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {})
+        if any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values()):
+            raise ValueError(
+                f"{name}.{layer_name} skips its attention scores (perturbed attention guidance, "
+                "`LayerSkipConfig`), which SLA attention does not compute: remove that hook first"
+            )
         processor = layer.processor
         if not _is_stock(processor, family):
             raise ValueError(

@@ -50,6 +50,11 @@ class TokenOrder:
         self._parallel: Any = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
+    @classmethod
+    def of(cls, name: str, family: Family) -> TokenOrder | None:
+        """None for raster order, which takes no hooks."""
+        return None if name == RASTER else cls(name, family)
+
     def install(self, transformer: nn.Module) -> TokenOrder:
         """Put the hooks in place."""
         places = self._places
