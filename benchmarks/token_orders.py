@@ -93,7 +93,7 @@ def measure(pipe: Any, probe: Any, order: str, sparsities: list[float]) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=1, help="held-out clips, at four noise levels")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95])
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.9, 0.95])
     parser.add_argument("--orders", nargs="+", default=ORDERS)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
