@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sla_video.config import SLAConfig
 from sla_video.pipelines.loading import load_pipeline
@@ -35,19 +36,20 @@ STRIDE = 8
 
 
 class Densities:
-    """An attention that runs SLA2 and notes the densities on the way; by layer, `[H]` each."""
+    """Full attention, so that all orders see the same, which notes the densities on the way."""
 
     def __init__(self, config: SLAConfig) -> None:
         self.block_q, self.block_k = config.block_q, config.block_k
         self.found: dict[str, list[Tensor]] = {"oracle": [], "pooled": []}
 
     def __call__(
-        self, processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
+        self, _processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         for q, k in zip(query.transpose(1, 2), key.transpose(1, 2), strict=True):
             for name, density in block_densities(q, k, self.block_q, self.block_k).items():
                 self.found[name].append(density)
-        return processor.sla2(query, key, value)
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2)
 
     def mean(self, name: str) -> float:
         return float(torch.stack(self.found[name]).mean())
