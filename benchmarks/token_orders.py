@@ -48,8 +48,8 @@ class Densities:
         for q, k in zip(query.transpose(1, 2), key.transpose(1, 2), strict=True):
             for name, density in block_densities(q, k, self.block_q, self.block_k).items():
                 self.found[name].append(density)
-        parts = (part.transpose(1, 2) for part in (query, key, value))
-        return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def mean(self, name: str) -> float:
         return float(torch.stack(self.found[name]).mean())
