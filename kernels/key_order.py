@@ -8,8 +8,8 @@ for each head, offline, by the share of blocks that it needs (`choose_key_orders
 A language model's last block of queries says which keys matter. Video attention has no last block:
 probes are spread over all queries. Queries keep their order, for blocks of them share a selection.
 Orders are lists of places and K and V are not copied: `sla2_with_key_order` says how an
-implementation finds its keys. Letters: B batch, H heads, L tokens, D head dimension, M query blocks,
-N key blocks.
+implementation finds its keys. Letters: B batch, H heads, L tokens, D head dimension, M query
+blocks, N key blocks.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ def make_key_order(
         )
     heads, length = importance.shape[1:]
     always = torch.zeros(heads, dtype=torch.int64, device=importance.device)
-    falling = importance.argsort(-1, descending=True, stable=True)
+    falling = importance.argsort(dim=-1, descending=True, stable=True)
     if kind == "identity":
         places = torch.arange(length, device=importance.device).expand(importance.shape)
     elif kind == "segment_sort":
-        places = falling.gather(-1, (falling // segment).argsort(-1, stable=True))
+        places = falling.gather(-1, (falling // segment).argsort(dim=-1, stable=True))
     else:
         blocks = -(-max(1, round(hot_share * length)) // block_k)
         cold = torch.ones(importance.shape, dtype=torch.int64, device=importance.device)
         cold.scatter_(-1, falling[..., : blocks * block_k], 0)
-        places = cold.argsort(-1, stable=True)
+        places = cold.argsort(dim=-1, stable=True)
         always += blocks
     return KeyOrder(places, always)
 
@@ -170,7 +170,7 @@ def density_at_recall(
         masses.append(torch.stack([part.sum(-1) for part in weights.split(block_k, -1)], -1))
     # [B, H, M', N]
     mass = torch.stack(masses, 2)
-    best_first = scores[:, :, ::every].argsort(-1, descending=True, stable=True)
+    best_first = scores[:, :, ::every].argsort(dim=-1, descending=True, stable=True)
     reached = mass.gather(-1, best_first).cumsum(-1)
     needed = (reached < recall).sum(-1) + 1
     # All the mass may add up to less than a recall of one.
