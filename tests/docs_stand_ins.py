@@ -217,5 +217,3 @@ def folder_of(name: str, folder: Path) -> Path:
                 module.register_to_config(rope_max_seq_len=ROPE)
         pipe.save_pretrained(place)
     return place
-
-

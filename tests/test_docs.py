@@ -23,8 +23,10 @@ from docs_pages import (
     PAGES,
     ROOT,
     Block,
+    anchors_of,
     blocks_of,
     commands_of,
+    links_of,
     options_in,
     spans_of,
     tables_of,
@@ -33,9 +35,9 @@ from docs_pages import (
 from docs_program import execute
 from docs_stand_ins import MODELS, build, stand_in
 from family_cases import clip, picture
-from finetune_cases import write_videos
 
 import sla_video
+from finetune_cases import write_videos
 from sla_video.pipelines.families.registry import supported_transformers
 
 # Names that a page uses without saying where they come from.
@@ -147,3 +149,41 @@ def test_commands_and_options_in_the_prose_exist(page: str) -> None:
             parse([word for word in words if word not in ("|", "--help")])
         elif span.startswith("--"):
             assert set(options_in(span)) <= known, f"{page}: `{span}`"
+
+
+MODEL_ROWS = [
+    (kind.strip("` "), row[1].strip("`"))
+    for row in tables_of("docs/quickstart.md")
+    if row[1].strip("`") in MODELS
+    for kind in row[0].split(",")
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), MODEL_ROWS, ids=[kind for kind, _ in MODEL_ROWS])
+def test_models_in_the_table_run(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(diffusers, kind):
+        pytest.skip(f"this Diffusers has no {kind}")
+    called = stand_in(monkeypatch)
+    pipe = getattr(diffusers, kind).from_pretrained(name)
+    sla_video.enable_sla(pipe, sparsity=0.9)
+    pipe(**{name: value for name, value in pipe.stands_in.call.items() if value is not None})
+    assert called == [pipe]
+
+
+def test_the_quick_start_names_all_supported_models() -> None:
+    text = text_of("docs/quickstart.md")
+    used = {type(build(name).transformer).__name__ for name in MODELS if name in text}
+    missing = [name for name in supported_transformers() if name not in used and name not in text]
+    assert not missing
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        folder = (ROOT / page).parent
+        headings = {}
+        for target, anchor in links_of(page):
+            file = (folder / target).resolve() if target else (ROOT / page).resolve()
+            assert file.exists(), f"{page}: {target}"
+            if anchor:
+                headings.setdefault(file, anchors_of(file.read_text(encoding="utf-8")))
+                assert anchor in headings[file], f"{page}: {target}#{anchor}"
