@@ -165,8 +165,8 @@ def _check_family(source: ModelSource) -> None:
     found, supported = source.transformer_config.get("_class_name"), supported_transformers()
     if found is not None and found not in supported:
         raise InputError(
-            f"{source.name} holds a {found}; SLA attention supports {', '.join(supported)}: "
-            "--dense generates without it"
+            f"{source.name} holds a {found}, which SLA attention does not support: use --dense, "
+            f"or a model with {', '.join(supported)}"
         )
 
 
