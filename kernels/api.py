@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args, overlo
 import torch
 from torch import Tensor
 
+from sla_video.kernels.context import Context, check_context
 from sla_video.kernels.options import Options, PhiK, Selection, SparseDtype, num_selected
 from sla_video.kernels.reference import sla2_reference
 from sla_video.kernels.router import Router
@@ -44,6 +45,7 @@ class _Implementation(Protocol):
         options: Options,
         *,
         need_lse: bool,
+        context: Context | None = None,
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -61,6 +63,8 @@ class _Settings(TypedDict, total=False):
     min_selected: int
     max_selected: int | None
     tau: float
+    context: tuple[Tensor, Tensor] | None
+    context_mask: Tensor | None
 
 
 @overload
@@ -117,6 +121,8 @@ def sla2_attention(
     min_selected: int = 1,
     max_selected: int | None = None,
     tau: float = 0.1,
+    context: tuple[Tensor, Tensor] | None = None,
+    context_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse-linear self-attention with a learned router (SLA2, arXiv 2602.12675).
 
@@ -146,11 +152,15 @@ def sla2_attention(
         min_selected, max_selected: fewest and most key blocks per row with `selection="top_p"`.
             `max_selected=None` is the count `"top_k"` would keep, so `sparsity` bounds the cost.
         tau: temperature of `selection="soft_top_k"`.
+        context: key and value `[B, C, H, D]` outside the sequence that every query attends to
+            exactly, text tokens for instance. The share of the sequence is estimated as its mix
+            weight says. With `sparsity=0` this is full attention to sequence and context.
+        context_mask: `[B, C]` boolean, False on tokens of the context that are not there.
 
     Returns:
         `[B, L, H, D]` in the dtype of `query`. With `return_lse`, also `[B, H, L]` in float32
-        (float64 for float64 inputs): the log-sum-exp of `q.k / sqrt(D)` over the selected tokens,
-        in terms of the keys as given.
+        (float64 for float64 inputs): the log-sum-exp of `q.k / sqrt(D)` over the selected tokens
+        of the sequence (of a `context` nothing), in terms of the keys as given.
 
     Raises:
         TypeError: inputs that are not floating-point tensors of one dtype.
@@ -173,10 +183,11 @@ def sla2_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_tensors(query, key, value, router)
+    extra = check_context(context, context_mask, query, cast=torch.is_autocast_enabled(device))
     run = _choose(impl, query, options)
     # The operator picks the precision of each step itself.
     with torch.autocast(device, enabled=False):
-        out, lse = run(query, key, value, router, options, need_lse=return_lse)
+        out, lse = run(query, key, value, router, options, need_lse=return_lse, context=extra)
     return out if lse is None else (out, lse)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sla_video.kernels.context import Context
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import block_means, compute_dtype, num_blocks, router_scores
 
@@ -71,6 +72,7 @@ def measure_losses(
     block_k: int,
     coverage: float = 0.95,
     most_blocks: int | None = None,
+    context: Context | None = None,
 ) -> Losses:
     """Compare `output` of `sla2_attention` with full attention, for each head and query block.
 
@@ -83,6 +85,8 @@ def measure_losses(
         block_q, block_k: tokens per query block and per key block.
         coverage: softmax mass that the densities have to reach, in (0, 1].
         most_blocks: measure this many query blocks, evenly spread, instead of all.
+        context: what the queries attended to besides the sequence. It counts in the error; recall
+            and densities are of the sequence alone.
 
     Raises:
         ValueError: `coverage` or `most_blocks` out of range.
@@ -102,16 +106,19 @@ def measure_losses(
     for b in range(batch):
         for first in range(0, heads, heads_at_once):
             some = slice(first, first + heads_at_once)
-            # Each [h, L, D]
-            q, k, v, out = (
+            # Each [h, L, D], those of the context [h, C, D]
+            q, k, v, out, *beside = (
                 x[b, :, some].transpose(0, 1).to(compute_dtype(query.dtype))
-                for x in (query, key, value, output)
+                for x in (query, key, value, output, *(() if context is None else context[:2]))
             )
+            if context is not None and context.mask is not None:
+                beside.append(context.mask[b])
             parts = [
                 _measure(
                     q,
                     k,
                     v,
+                    beside,
                     out,
                     lse_selected[b, some],
                     scores[b, some],
@@ -135,6 +142,7 @@ def _measure(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    beside: list[Tensor],
     output: Tensor,
     lse_selected: Tensor,
     scores: Tensor,
@@ -147,6 +155,7 @@ def _measure(
 
     Args:
         query, key, value, output: `[h, L, D]`; lse_selected `[h, L]`, scores `[h, M, N]`.
+        beside: key and value `[h, C, D]` of the context and its mask `[C]`, if there are any.
         blocks: `[m]`.
     """
     length = query.shape[1]
@@ -160,10 +169,20 @@ def _measure(
         return (x * real.view(*real.shape, *[1] * (x.dim() - 3))).sum(2)
 
     # [h, m * block_q, L]
-    logits = (query[:, tokens.flatten()] * query.shape[-1] ** -0.5) @ key.mT
+    scaled = query[:, tokens.flatten()] * query.shape[-1] ** -0.5
+    logits = scaled @ key.mT
     lse = logits.logsumexp(-1, keepdim=True)
     probabilities = (logits - lse).exp_()
-    full = (probabilities @ value).unflatten(1, tokens.shape)
+    attended = probabilities @ value
+    if beside:
+        key_beside, value_beside, *mask = beside
+        # [h, m * block_q, C]
+        more = scaled @ key_beside.mT
+        if mask:
+            more = more.masked_fill(~mask[0], -torch.inf)
+        lse_all = torch.logaddexp(lse, more.logsumexp(-1, keepdim=True))
+        attended = (lse - lse_all).exp() * attended + (more - lse_all).exp() @ value_beside
+    full = attended.unflatten(1, tokens.shape)
     recall = torch.exp(lse_selected[:, tokens].to(lse.dtype) - lse.view(-1, *tokens.shape))
     error = over_tokens((output[:, tokens] - full).abs()).mean(-1)
     magnitude = over_tokens(full.abs()).mean(-1)

@@ -5,6 +5,8 @@ blocks that a router selects get exact softmax attention, the others linear atte
 
     O = alpha O_s + (1 - alpha) O_l
 
+Keys outside the sequence, a context, may be added, which all queries attend to exactly.
+
 Everything else in this folder is compared with this file, so it shares no routing code with the
 fast implementations and prefers the plain formula to the quick one: it forms every score, block of
 queries by block of queries. Letters: B batch, H heads, L tokens, D head dimension, M query blocks,
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sla_video.kernels.context import SMALLEST_ALPHA, Context
 from sla_video.kernels.options import Options, SparseDtype, most_selected
 from sla_video.kernels.quantize import quantize_int8, quantize_value, quantize_weights
 from sla_video.kernels.router import Router
@@ -31,6 +34,7 @@ def sla2_reference(
     options: Options,
     *,
     need_lse: bool,
+    context: Context | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SLA2 on query, key, value `[B, L, H, D]`; see `sla2_attention`, which checks arguments.
 
@@ -74,10 +78,13 @@ def sla2_reference(
         )
         linear = linear_branch(phi_q[:, :, rows], phi_keys, v, drop[:, :, m, None])
         a = alpha[:, :, m, None, None]
-        outputs.append(a * sparse + (1 - a) * linear)
+        output = a * sparse + (1 - a) * linear
+        if context is not None:
+            output = mix_with_context(q[:, :, rows], output, lse, a.squeeze(-1), context)
+        outputs.append(output)
         lses.append(lse)
-    output = torch.cat(outputs, 2).transpose(1, 2).to(query.dtype)
-    return output, torch.cat(lses, 2) if need_lse else None
+    joined = torch.cat(outputs, 2).transpose(1, 2).to(query.dtype)
+    return joined, torch.cat(lses, 2) if need_lse else None
 
 
 def block_scores(
@@ -179,6 +186,28 @@ def low_bit_sparse_branch(
     # Smoothing took q . mean(k) off every logit; the log-sum-exp is of the original keys.
     lse = largest + total.log() + q @ key_mean.mT * scale
     return out, lse.squeeze(-1)
+
+
+def mix_with_context(
+    q: Tensor, out: Tensor, lse: Tensor, alpha: Tensor, context: Context
+) -> Tensor:
+    """One query block's softmax over the sequence, whose mass is an estimate, and the context.
+
+    alpha estimates the share of the softmax mass that is selected, so `lse - log(alpha)` is the
+    log-mass of the whole sequence.
+
+    Args:
+        q, out: `[B, H, block_q, D]`, out of the sequence alone; lse: `[B, H, block_q]`;
+            alpha: `[B, H, 1]`.
+    """
+    # [B, H, C, D]
+    k, v = (x.transpose(1, 2).to(q) for x in (context.key, context.value))
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    if context.mask is not None:
+        logits = logits.masked_fill(~context.mask[:, None, None], torch.finfo(q.dtype).min)
+    log_mass = lse - alpha.clamp_min(SMALLEST_ALPHA).log()
+    share = torch.sigmoid(log_mass - logits.logsumexp(-1)).unsqueeze(-1)
+    return share * out + (1 - share) * (torch.softmax(logits, -1) @ v)
 
 
 def linear_branch(phi_q: Tensor, phi_k: Tensor, v: Tensor, drop: Tensor) -> Tensor:

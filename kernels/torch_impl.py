@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sla_video.kernels.context import Context, with_context
 from sla_video.kernels.options import Options, PhiK
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import compute_dtype, num_blocks, route
@@ -37,6 +38,7 @@ def sla2_torch(
     options: Options,
     *,
     need_lse: bool,
+    context: Context | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SLA2 (arXiv 2602.12675) on `[B, L, H, D]`; see `sla2_attention`, which checks arguments.
 
@@ -55,7 +57,8 @@ def sla2_torch(
     rows = rows.unflatten(1, (num_q, block_q)).permute(0, 3, 1, 2, 4)
     out = query.new_empty(batch, num_q * block_q, heads, head_dim)
     out_rows = out.unflatten(1, (num_q, block_q)).permute(0, 3, 1, 2, 4)
-    lse = query.new_empty(batch, heads, num_q, block_q, dtype=compute) if need_lse else None
+    want_lse = need_lse or context is not None
+    lse = query.new_empty(batch, heads, num_q, block_q, dtype=compute) if want_lse else None
 
     learning = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, plan.alpha)
@@ -79,7 +82,7 @@ def sla2_torch(
                 key_mean,
                 length=length,
                 sparse_dtype=options.sparse_dtype,
-                need_lse=need_lse,
+                need_lse=want_lse,
             )
             for m in range(0, num_q, chunk):
                 here = (b, heads_now, slice(m, m + chunk))
@@ -92,7 +95,10 @@ def sla2_torch(
                 out_rows[here] = result
                 if lse is not None and lse_here is not None:
                     lse[here] = lse_here
-    return out[:, :length], None if lse is None else lse.flatten(2)[..., :length]
+    out, lse = out[:, :length], None if lse is None else lse.flatten(2)[..., :length]
+    if context is not None and lse is not None:
+        out = with_context(query, out, lse, plan.alpha, block_q, context)
+    return out, lse if need_lse else None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -6,6 +6,7 @@
     triton_attend       O_s and its log-sum-exp (`triton_sparse`), and in the same kernel the mix
                         O = alpha O_s + (1 - alpha) O_l (`triton_linear`)
     triton_autograd     the last two and their gradients, `triton_backward`, as one operator
+    triton_context      attention to a context, where there is one and nobody asks for gradients
     triton_soft         in its place, and that of routing, where the selection is soft
 
 Means, selection and attention are custom operators with gradients of their own; what lies between
@@ -18,10 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sla_video.kernels.context import Context, needs_gradients, with_context
 from sla_video.kernels.options import Options, most_selected
 from sla_video.kernels.router import Router
 from sla_video.kernels.triton_autograd import mixed_attention
 from sla_video.kernels.triton_backward_routing import with_block_means
+from sla_video.kernels.triton_context import mix_context
 from sla_video.kernels.triton_routing import plan_blocks
 from sla_video.kernels.triton_soft import soft_attention
 from sla_video.kernels.triton_statistics import block_statistics
@@ -36,6 +39,7 @@ def sla2_triton(
     options: Options,
     *,
     need_lse: bool,
+    context: Context | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SLA2 (arXiv 2602.12675) on `[B, L, H, D]`; see `sla2_attention`, which checks arguments.
 
@@ -69,15 +73,28 @@ def sla2_triton(
     key, key_means = with_block_means(key, statistics.key_means, block_k)
     statistics = statistics._replace(query_means=query_means, key_means=key_means)
     num_k = key_means.shape[2]
+    want_lse = need_lse or context is not None
+    alpha: Tensor | None
     if options.selection == "soft_top_k" and most_selected(options, num_k) < num_k:
-        return soft_attention(query, key, value, statistics, router, options, need_lse=need_lse)
-    plan = plan_blocks(
-        statistics.query_means,
-        statistics.key_means,
-        statistics.key_mean,
-        query.shape[1],
-        router,
-        options,
-        value.dtype,
-    )
-    return mixed_attention(query, key, value, statistics, plan, options, need_lse=need_lse)
+        out, lse, alpha = soft_attention(
+            query, key, value, statistics, router, options, need_lse=want_lse
+        )
+    else:
+        plan = plan_blocks(
+            statistics.query_means,
+            statistics.key_means,
+            statistics.key_mean,
+            query.shape[1],
+            router,
+            options,
+            value.dtype,
+        )
+        alpha = plan.alpha
+        out, lse = mixed_attention(query, key, value, statistics, plan, options, need_lse=want_lse)
+    if context is not None and lse is not None:
+        if needs_gradients(query, out, lse, alpha, context.key, context.value):
+            out = with_context(query, out, lse, alpha, block_q, context)
+        else:
+            others = (x if x.stride(-1) == 1 else x.contiguous() for x in context[:2])
+            mix_context(query, out, lse, alpha, *others, context.mask, block_q)
+    return out, lse if need_lse else None

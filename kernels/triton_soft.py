@@ -187,8 +187,11 @@ def soft_attention(
     options: Options,
     *,
     need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """SLA2 with a soft selection, differentiable to Q, K, V and all of the router.
+
+    Returns:
+        the output, with `need_lse` the log-sum-exp of the selected part, and alpha `[B, H, M]`.
 
     Args:
         query, key, value: `[B, L, H, D]`, each contiguous along D.
@@ -227,4 +230,4 @@ def soft_attention(
         need_lse or learning,
         learning,
     )
-    return out, lse if need_lse else None
+    return out, lse if need_lse else None, alpha

@@ -108,7 +108,8 @@ class TransformerPatch:
         """Put the processors in place. Everything that can fail has to be checked before."""
         self.processors = dict(processors)
         for name, processor in self.processors.items():
-            self.layers[name].set_processor(processor)  # type: ignore[operator]
+            # Not `set_processor`, which the attention of Mochi does not have.
+            self.layers[name].processor = processor
         if hook is not None:
             self._hook = transformer.register_forward_pre_hook(hook)
         self._hide_lora = hide_lora(transformer)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sla_video.kernels.api import exact_recall
+from sla_video.kernels.context import Context
 from sla_video.kernels.measures import check_settings, measure_losses
 from sla_video.kernels.router import Router
 from sla_video.pipelines.recording import CallLog, StepClock
@@ -97,6 +98,8 @@ class LayerRecorder:
         *,
         block_q: int,
         block_k: int,
+        context: tuple[torch.Tensor, torch.Tensor] | None = None,
+        context_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> None:
         """Compare the output of one call with full attention. Does not wait for the device.
@@ -104,7 +107,7 @@ class LayerRecorder:
         Args:
             query, key, value, output: `[B, L, H, D]`.
             lse: `[B, H, L]` of the selected part.
-            block_q, block_k: and other options of `sla2_attention`, which are ignored.
+            block_q, block_k, context, context_mask: of `sla2_attention`; others are ignored.
         """
         if self.recall:
             self.add("recall", exact_recall(query, key, lse))
@@ -121,6 +124,7 @@ class LayerRecorder:
             block_k=block_k,
             coverage=self.log.coverage,
             most_blocks=self.log.most_blocks,
+            context=None if context is None else Context(*context, context_mask),
         )
         self.log.note(losses)
         if not self.recall:

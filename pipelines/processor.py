@@ -19,6 +19,7 @@ from sla_video.config import SLAConfig
 from sla_video.kernels.api import num_selected, sla2_attention
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
+from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.layer_recorder import LayerRecorder
 from sla_video.pipelines.lora import check_not_fused
@@ -203,17 +204,28 @@ class SLAAttnProcessor(nn.Module):
                 return self.original(attn, hidden_states, *args, **kwargs)
             return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
-    def _operate(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _operate(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+    ) -> torch.Tensor:
+        """An `Operate`; `context` is what `sla2_attention` calls `context` and `context_mask`."""
         self._follow(query.device)
         if self._ulysses is None:
-            return self._run(query, key, value)
+            return self._run(query, key, value, **context)
+        assert not context, "families with a context are not shardable"
         return self._ulysses.attend(self._run, query, key, value)
 
-    def _run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+    ) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
-        if self.attention is not None:
-            return self.attention(self, query, key, value)
-        return self._operator(query, key, value)
+        if self.attention is None:
+            return self._operator(query, key, value, **context)
+        if context:
+            raise InputError(
+                f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
+                "attend to each other, and training knows video alone"
+            )
+        return self.attention(self, query, key, value)
 
     def sla2(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
@@ -225,7 +237,7 @@ class SLAAttnProcessor(nn.Module):
         return output
 
     def _operator(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
     ) -> torch.Tensor:
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
@@ -238,13 +250,14 @@ class SLAAttnProcessor(nn.Module):
             value,
             self.local_router,
             return_lse=observe and self.recorder.needs_lse,
+            **context,
             **self.operator_options,
         )
         if not isinstance(result, tuple):
             return result
         output, lse = result
         self.recorder.observe_output(
-            query, key, value, output, lse, self.local_router, **self._options
+            query, key, value, output, lse, self.local_router, **context, **self._options
         )
         return output
 

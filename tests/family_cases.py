@@ -39,7 +39,8 @@ class Case:
         call = {**CALL, **self.call, **changes}
         call = {name: value for name, value in call.items() if value is not None}
         result = pipe(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
-        return torch.as_tensor(result)
+        # Framepack gives a list of clips.
+        return torch.stack(result) if isinstance(result, list) else torch.as_tensor(result)
 
 
 def picture(seed: int = 0, side: int = 64) -> Image.Image:

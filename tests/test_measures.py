@@ -9,6 +9,7 @@ import torch
 
 import sla_video.kernels.measures as measures_module
 from sla_video.kernels.api import sla2_attention
+from sla_video.kernels.context import Context
 from sla_video.kernels.measures import measure_losses, measured_blocks
 from sla_video.kernels.router import Router
 
@@ -116,6 +117,30 @@ def test_nothing_is_lost_where_everything_is_selected():
     assert (losses.error / losses.magnitude).max() < 1e-5
     assert (losses.oracle_density <= losses.router_density).all()
     assert losses.router_density.max() <= 1
+
+
+def test_a_context_counts_in_the_error_only():
+    query, key, value, output, lse, router = make(100)
+    torch.manual_seed(5)
+    context = torch.randn(2, 2, 9, 3, 16) * 2
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 4:] = False
+    mask[1] = False
+    plain = measure_losses(query, key, value, output, lse, router, **BLOCKS)
+    losses = measure_losses(
+        query, key, value, output, lse, router, context=Context(*context, mask), **BLOCKS
+    )
+    for name in ("recall", "oracle_density", "router_density"):
+        assert torch.equal(getattr(losses, name), getattr(plain, name))
+    keys, values = (torch.cat([x, y], 1) for x, y in zip((key, value), context, strict=True))
+    seen = torch.cat([torch.ones(2, 100, dtype=torch.bool), mask], 1)[:, None, None]
+    full = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, keys, values)), attn_mask=seen
+    ).transpose(1, 2)
+    torch.testing.assert_close(losses.error, (output - full).abs().mean((1, 3)))
+    torch.testing.assert_close(losses.magnitude, full.abs().mean((1, 3)))
+    torch.testing.assert_close(losses.error[1], plain.error[1])
+    assert not torch.allclose(losses.error[0], plain.error[0])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_families_joint import CASES
 
 import sla_video.pipelines.layer_recorder as layer_recorder
 import sla_video.pipelines.recording as recording_module
@@ -88,6 +89,19 @@ def test_two_transformers_share_the_steps():
     assert ran.any() and torch.equal(ran, low.recall[:, 0].isnan())
     assert torch.equal(high.sparsity.isnan(), ~ran)
     assert high.recall_by_block.shape == (2, 2)
+
+
+def test_text_that_video_attends_to_is_no_error():
+    case = CASES["hunyuan"]
+    pipe = case.build()
+    for sparsity in (0.0, 0.8):
+        with enable_sla(pipe, config=SMALL_BLOCKS, sparsity=sparsity) as handle:
+            with handle.recording(per_step=True):
+                case.run(pipe)
+            for layer in handle.recorded().layers:
+                error = layer.relative_l1_by_step
+                assert len(error) == 2 and not error.isnan().any()
+                assert (error < 1e-5).all() if sparsity == 0 else (error > 1e-3).all()
 
 
 def test_no_bit_of_the_video_changes():

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-# (query, key, value) -> output, all `[B, L, H, D]`, in place of a processor's attention function.
-Operate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Operate(Protocol):
+    """What stands in for a processor's attention function."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        context: tuple[torch.Tensor, torch.Tensor] | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Self-attention of `[B, L, H, D]`, to the same shape.
+
+        `context` are key and value `[B, C, H, D]` of further tokens, which all queries attend to
+        exactly where `context_mask` `[B, C]` is not False.
+        """
+        ...
 
 
 def _heads_and_dim(attn: Any) -> tuple[int, int]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from sla_video.pipelines.families.allegro import ALLEGRO
 from sla_video.pipelines.families.chronoedit import CHRONOEDIT
+from sla_video.pipelines.families.cogvideox import COGVIDEOX
+from sla_video.pipelines.families.easyanimate import EASYANIMATE
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.families.hunyuan import HUNYUAN
+from sla_video.pipelines.families.hunyuan15 import HUNYUAN15
 from sla_video.pipelines.families.ltx import LTX
 from sla_video.pipelines.families.ltx2 import LTX2
+from sla_video.pipelines.families.mochi import MOCHI
 from sla_video.pipelines.families.skyreels import SKYREELS
 from sla_video.pipelines.families.wan import WAN
 from sla_video.pipelines.families.wan_animate import WAN_ANIMATE
@@ -16,6 +21,11 @@ FAMILIES: tuple[Family, ...] = (
     WAN_ANIMATE,
     CHRONOEDIT,
     SKYREELS,
+    HUNYUAN,
+    HUNYUAN15,
+    COGVIDEOX,
+    MOCHI,
+    EASYANIMATE,
     LTX,
     LTX2,
     ALLEGRO,

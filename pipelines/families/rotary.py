@@ -82,8 +82,13 @@ def rotate(
     A pair (x1, x2) is the complex number x1 + i x2, turned by cos + i sin. As one complex product
     it reads and writes the tensors once; Diffusers' formula takes eight times as long on a CPU.
     """
-    # [1, L, 1, D/2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return turn_pairs(query, key, cos[..., 0::2], sin[..., 1::2])
+
+
+def turn_pairs(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` by one angle a pair: cos, sin `[1, L, 1, D/2]`, or `[L, H, D/2]` for each head."""
     if torch.compiler.is_compiling():
         # The compiler fuses real arithmetic by itself, and has no code for complex numbers.
         return _rotate_real(query, cos, sin), _rotate_real(key, cos, sin)

@@ -136,7 +136,7 @@ def _watch(processor: SLAAttnProcessor) -> Iterator[_Watched]:
         seen.size.append(full.float().abs().sum())
         return output
 
-    processor._operator = watched  # type: ignore[method-assign]
+    processor._operator = watched  # type: ignore[assignment,method-assign]
     try:
         yield seen
     finally:
