@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sla_video import __version__, cli_finetune
+from sla_video import __version__, cli_finetune, cli_report
 from sla_video.cli_calibrate import calibrate
 from sla_video.cli_options import (
     DenseSteps,
@@ -25,6 +25,7 @@ from sla_video.cli_options import (
     Model,
     Offload,
     Prompts,
+    Record,
     Width,
 )
 from sla_video.console import PROGRAM, print_videos, run_command, set_up_messages
@@ -138,6 +139,7 @@ def generate(
         bool,
         typer.Option("--resume", help="Keep what an earlier run with this --seed has finished."),
     ] = False,
+    record: Record = False,
 ) -> None:
     """Generate videos from prompts.
 
@@ -180,6 +182,7 @@ def generate(
             out=out,
             overwrite=overwrite,
             resume=resume,
+            record=record,
         )
         with TerminalProgress(team.rank == 0) as progress:
             print_videos(generate_videos(request, progress=progress, team=team), team)
@@ -187,6 +190,7 @@ def generate(
 
 app.command()(calibrate)
 cli_finetune.register(app)
+cli_report.register(app)
 
 
 @app.command()
