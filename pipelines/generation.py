@@ -213,8 +213,8 @@ def _make_video(
             seconds=seconds,
         )
 
-    recorded = loaded.handle.recorded() if loaded.handle and request.record else None
-    write_video(video.path, frames, plan.fps, sidecar, recorded and recorded.save)
+    save = loaded.handle.recorded().save if loaded.handle and request.record else None
+    write_video(video.path, frames, plan.fps, sidecar, save)
     return _describe(video, seconds)
 
 

@@ -89,9 +89,7 @@ class GenerationRequest:
         if self.dense and given:
             raise InputError(f"`dense` is full attention and takes no `{given[0]}`: leave one out")
         if self.dense and self.record:
-            raise InputError(
-                "`dense` is full attention and loses nothing to `record`: leave one out"
-            )
+            raise InputError("`dense` loses nothing that `record` could show: leave one out")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         _check_whole("steps", self.steps, 1, _MAX_STEPS)

@@ -33,7 +33,7 @@ Record = Annotated[
     bool,
     typer.Option(
         "--record",
-        help="Measure in each step and layer what attention loses, for `sla-video report` (slower).",
+        help="Measure what attention loses in each step, for `sla-video report` (slower).",
     ),
 ]
 Device = Annotated[

@@ -13,6 +13,7 @@ from sla_video.pipelines.reports.runs import Run
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 _DPI = 130
 # Numbers are written into the cells of maps up to this size.
@@ -38,14 +39,7 @@ def recall_by_step(run: Run) -> bytes:
 
     assert run.recording is not None
     # [layers, S]
-    table = torch.stack(
-        [
-            layer.recall.mean(1)
-            if layer.recall.shape[1]
-            else torch.full_like(layer.sparsity, torch.nan)
-            for layer in run.recording.layers
-        ]
-    )
+    table = torch.stack([_over_heads(layer.recall) for layer in run.recording.layers])
     ran = torch.stack([~layer.sparsity.isnan() for layer in run.recording.layers])
     steps = [str(step + 1) for step in range(table.shape[1])]
     return _map(
@@ -75,6 +69,11 @@ def recall_by_head(run: Run) -> bytes:
         labels=("head", "layer"),
         title=f"{run.label}: recall (mean over steps, grey: dense)",
     )
+
+
+def _over_heads(table: Tensor) -> Tensor:
+    """`[S]` from `[S, H]`; NaN where there are no heads, because all calls were dense."""
+    return table.mean(1) if table.shape[1] else table.new_full((len(table),), float("nan"))
 
 
 def sparsity_by_layer(runs: Sequence[Run]) -> bytes:
@@ -125,7 +124,7 @@ def error_by_step(runs: Sequence[Run]) -> bytes:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("denoising step")
     axes.set_ylabel("relative L1")
-    axes.set_title("|SLA2 − full| / |full|: mean over layers, band from least to most", fontsize=10)
+    axes.set_title("|SLA2 - full| / |full|: mean over layers, band from least to most", fontsize=10)
     axes.grid(alpha=0.3)
     _legend(axes)
     return _png(figure)
@@ -147,16 +146,15 @@ def density_by_layer(runs: Sequence[Run]) -> bytes:
             by_router.append(float(layer.router_density.nanmean()))
         places = range(len(layers))
         colour = _colour(run)
-        axes.plot(places, kept, "o-", ms=4, color=colour, label=f"{run.label} kept")
-        axes.plot(
-            places,
-            by_router,
-            "s--",
-            ms=4,
-            color=colour,
-            label=f"{run.label} needed, router's order",
-        )
-        axes.plot(places, best, "^:", ms=4, color=colour, label=f"{run.label} needed, best order")
+        for values, style in ((kept, "o-"), (by_router, "s--"), (best, "^:")):
+            axes.plot(places, values, style, ms=4, color=colour)
+        axes.plot([], [], color=colour, label=run.label)
+    for name, style in (
+        ("kept", "o-"),
+        ("needed, in the router's order", "s--"),
+        ("needed, in the best order", "^:"),
+    ):
+        axes.plot([], [], style, ms=4, color="black", label=name)
     _name_layers(axes, max(runs, key=lambda run: len(run.layers)))
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of the key blocks")

@@ -36,7 +36,7 @@ class Run:
     @property
     def is_dense(self) -> bool:
         """Whether all of its attention was the model's own."""
-        return self.record["attention"]["kind"] == "dense"
+        return str(self.record["attention"]["kind"]) == "dense"
 
     @property
     def layers(self) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class VideoSource:
         try:
             # Without a format other plugins would take what is no video.
             with imageio.get_reader(str(path), format="FFMPEG") as reader:  # type: ignore[arg-type,unused-ignore]
-                about = reader.get_meta_data()
+                about = reader.get_meta_data()  # type: ignore[attr-defined,unused-ignore]
                 frames = int(reader.count_frames())  # type: ignore[attr-defined,unused-ignore]
             width, height = about["size"]
             fps = float(about["fps"])
