@@ -36,7 +36,7 @@ def bars(rows: Sequence[Mapping[str, Any]], mode: str) -> dict[str, dict[str, di
     took beyond that is the last part.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=_place):
         if row["attention"].endswith("unfused"):
             continue
         if row["mode"] != mode or not row.get("parts") or not row.get("milliseconds"):
@@ -48,6 +48,13 @@ def bars(rows: Sequence[Mapping[str, Any]], mode: str) -> dict[str, dict[str, di
             "between blocks, and idle": max(rest, 0.0),
         }
     return found
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The smaller model first; dense before sparse, the slowest of each first."""
+    dense = row.get("sparsity") is None
+    other = row.get("linear") != "bf16", row.get("sparse_dtype") not in (None, "int8")
+    return row.get("length", 0), not dense, other, -(row.get("milliseconds") or 0.0)
 
 
 def _label(row: Mapping[str, Any]) -> str:

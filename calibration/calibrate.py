@@ -98,6 +98,8 @@ def _load(request: CalibrationRequest, plan: CalibrationPlan, progress: Progress
     progress.stage(f"loading {plan.source.name}")
     from sla_video.calibration.capture import sequence_length
     from sla_video.kernels.routing import num_blocks
+    from sla_video.pipelines.families.registry import family_of
+    from sla_video.pipelines.families.wan import attend
     from sla_video.pipelines.loading import download, find_device, find_dtype, load_pipeline
     from sla_video.pipelines.patching import enable_sla
 
@@ -122,6 +124,14 @@ def _load(request: CalibrationRequest, plan: CalibrationPlan, progress: Progress
             names, identities = list(handle.routers), handle.router_set().models
     except (ValueError, TypeError) as error:
         raise InputError(one_line(error)) from error
+    for component in identities:
+        family = family_of(getattr(pipe, component))
+        if family.attend is not attend:
+            raise InputError(
+                "calibration reads queries and keys as Wan's models make them, and "
+                f"{plan.source.name} is of the family {family.name}: use SLA attention without "
+                "trained routers there"
+            )
     if request.alpha == "per_block":
         length = sequence_length(pipe, plan.frames, plan.height, plan.width)
         count = num_blocks(length, base.block_q)

@@ -12,7 +12,8 @@ from sla_video.calibration.finetune_config import FinetuneConfig
 from sla_video.calibration.video_clips import VideoClips
 from sla_video.calibration.world_clips import WorldClips
 from sla_video.pipelines.errors import InputError
-from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelDefaults, read_json
+from sla_video.pipelines.model_defaults import ModelDefaults
+from sla_video.pipelines.model_source import EMBEDDED_MODEL, read_json
 from sla_video.pipelines.progress import Progress
 
 _CACHE = ".sla-video-cache"

@@ -18,7 +18,8 @@ from torch import nn
 from sla_video.calibration.model_parts import load_text, load_vae
 from sla_video.calibration.student import Student, eager
 from sla_video.pipelines.errors import InputError
-from sla_video.pipelines.model_source import ModelDefaults, read_json
+from sla_video.pipelines.model_defaults import ModelDefaults
+from sla_video.pipelines.model_source import read_json
 from sla_video.pipelines.progress import Progress
 from sla_video.pipelines.video_files import OutputFolder, slug, write_video
 

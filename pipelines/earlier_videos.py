@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sla_video.pipelines.pipeline_kinds import INPUTS
+
 # Settings that may differ without a difference in the video, besides the last bits that every
-# kind of device has of its own.
-_OF_NO_EFFECT = {"num_videos", "overwrite", "resume", "offload", "device", "dtype"}
+# kind of device has of its own. Input files count by their SHA-256, which is a setting too.
+_OF_NO_EFFECT = {"num_videos", "overwrite", "resume", "offload", "device", "dtype", *INPUTS}
 
 
 class EarlierVideos:

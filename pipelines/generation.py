@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sla_video.pipelines.denoising import run_pipeline
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
-from sla_video.pipelines.generation_record import describe_video
-from sla_video.pipelines.generation_request import (
+from sla_video.pipelines.generation_plan import (
     GenerationPlan,
-    GenerationRequest,
     VideoPlan,
 )
+from sla_video.pipelines.generation_record import describe_video
+from sla_video.pipelines.generation_request import GenerationRequest
 from sla_video.pipelines.generation_share import plan_share
 from sla_video.pipelines.hub import hub_file, is_hub_id
-from sla_video.pipelines.lap_timer import lap_timer
 from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource
+from sla_video.pipelines.pipeline_kinds import PIPELINE_KINDS
 from sla_video.pipelines.processes import Team
 from sla_video.pipelines.progress import NoProgress, Progress
 from sla_video.pipelines.video_files import (
@@ -34,7 +35,6 @@ from sla_video.pipelines.video_files import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from sla_video.pipelines.handle import SLAHandle
@@ -96,6 +96,8 @@ def generate(
     plan, finished = plan_share(request, team)
     if team.rank == 0:
         _warn_about_prompts(request, plan)
+        for remark in plan.remarks:
+            logger.warning("%s", remark)
     check_video_writer()
     for video in finished:
         yield _describe(video, {})
@@ -137,16 +139,37 @@ def _load(
     dtype = find_dtype(request.dtype, device)
     if request.offload and device.type == "cpu":
         raise InputError("`offload` moves idle parts from a GPU to host memory: it needs a GPU")
+    if not plan.dense:
+        _check_family(plan.source)
     routers = None if plan.routers is None else _read_routers(plan.routers, plan.source)
     folder = plan.source.folder
     if folder is None:
         progress.close()  # a download shows bars of its own
-        folder = download(plan.source.name)
+        folder = download(plan.source.name, tuple(PIPELINE_KINDS))
         progress.stage(f"loading {plan.source.name}")
-    pipe = load_pipeline(folder, device=device, dtype=dtype, offload=request.offload)
+    pipe = load_pipeline(
+        folder,
+        plan.pipeline.name,
+        device=device,
+        dtype=dtype,
+        offload=request.offload,
+        tiled=plan.pipeline.tiled,
+    )
     handle = None if plan.dense else _enable(pipe, routers, plan)
     seconds = time.perf_counter() - start
     return _Loaded(pipe=pipe, handle=handle, device=device, dtype=dtype, seconds=seconds)
+
+
+def _check_family(source: ModelSource) -> None:
+    """Refuse a transformer that SLA attention does not know before its weights are loaded."""
+    from sla_video.pipelines.families.registry import supported_transformers
+
+    found, supported = source.transformer_config.get("_class_name"), supported_transformers()
+    if found is not None and found not in supported:
+        raise InputError(
+            f"{source.name} holds a {found}; SLA attention supports {', '.join(supported)}: "
+            "--dense generates without it"
+        )
 
 
 def _read_routers(name: str, source: ModelSource) -> RouterSet:
@@ -193,7 +216,15 @@ def _make_video(
         loaded.handle.reset_stats()
     try:
         with _recording(request, loaded.handle):
-            frames = _denoise(plan, video, loaded, progress, count, seconds)
+            frames = run_pipeline(
+                loaded.pipe,
+                plan,
+                video,
+                device=loaded.device,
+                progress=progress,
+                count=count,
+                seconds=seconds,
+            )
     except Exception as error:
         if is_out_of_memory(error):
             raise InputError(_memory_advice(request, plan, loaded)) from error
@@ -233,67 +264,6 @@ def _describe(video: VideoPlan, seconds: dict[str, float]) -> GeneratedVideo:
         seed=video.seed,
         seconds=seconds,
     )
-
-
-def _denoise(
-    plan: GenerationPlan,
-    video: VideoPlan,
-    loaded: _Loaded,
-    progress: Progress,
-    count: str,
-    seconds: dict[str, float],
-) -> np.ndarray[Any, Any]:
-    """Run the pipeline. Returns `[F, H, W, 3]` uint8, and adds the stages' times to `seconds`."""
-    import numpy as np
-    import torch
-
-    pipe = loaded.pipe
-    lap = lap_timer(loaded.device)
-    guided = plan.guidance_scale > 1
-    with torch.no_grad():
-        progress.stage(f"reading the prompt{count}")
-        # Encoded apart from the rest, only so that its time is known.
-        embeds, negative_embeds = pipe.encode_prompt(
-            prompt=video.prompt,
-            negative_prompt=plan.negative_prompt,
-            do_classifier_free_guidance=guided,
-            max_sequence_length=plan.max_sequence_length,
-            device=pipe._execution_device,
-        )
-        seconds["text"] = lap()
-        progress.stage(f"denoising{count}", plan.steps)
-        done = 0
-
-        def on_step_end(_pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> Any:
-            nonlocal done
-            done += 1
-            progress.advance()
-            if done == pipe.num_timesteps:
-                seconds["denoise"] = lap()
-                progress.stage(f"decoding{count}")
-            return values
-
-        images = pipe(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative_embeds,
-            num_frames=plan.frames,
-            height=plan.height,
-            width=plan.width,
-            num_inference_steps=plan.steps,
-            guidance_scale=plan.guidance_scale,
-            max_sequence_length=plan.max_sequence_length,
-            # Noise from the CPU's generator is the same whatever the device.
-            generator=torch.Generator("cpu").manual_seed(video.seed),
-            output_type="np",
-            callback_on_step_end=on_step_end,
-        ).frames[0]
-    if not np.isfinite(images).all():
-        raise InputError(
-            f"the model produced values that are not numbers in {loaded.dtype}: use --dtype fp32"
-        )
-    frames: np.ndarray[Any, Any] = (images * 255).round().astype(np.uint8)
-    seconds["decode"] = lap()
-    return frames
 
 
 def _memory_advice(request: GenerationRequest, plan: GenerationPlan, loaded: _Loaded) -> str:

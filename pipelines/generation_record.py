@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sla_video.pipelines.environment import device_name, versions
-from sla_video.pipelines.generation_request import (
+from sla_video.pipelines.generation_plan import (
     GenerationPlan,
-    GenerationRequest,
     VideoPlan,
     settings_of,
 )
+from sla_video.pipelines.generation_request import GenerationRequest
 from sla_video.pipelines.video_files import recording_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def describe_video(
     return {
         "prompt": video.prompt,
         "seed": video.seed,
+        "pipeline": plan.pipeline.name,
         "settings": settings,
         "attention": _describe_attention(handle),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

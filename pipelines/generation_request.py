@@ -1,21 +1,18 @@
-"""What to generate: the caller's settings, checked, and completed with the model's defaults.
+"""What to generate: the caller's settings, checked.
 
 Nothing in this file imports torch or diffusers: a bad setting is refused at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from sla_video.config import SLAConfig
-from sla_video.pipelines.earlier_videos import EarlierVideos
 from sla_video.pipelines.errors import InputError
-from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource, find_model
-from sla_video.pipelines.video_files import plan_outputs
+from sla_video.pipelines.model_source import EMBEDDED_MODEL
 
 _MAX_SEED = 2**63 - 1
 # As `routers`: the training-free mode, also for a model that comes with routers.
@@ -38,6 +35,10 @@ class GenerationRequest:
         steps: denoising steps.
         guidance_scale: weight of the prompt; 1 or less turns classifier-free guidance off.
         negative_prompt: what to move away from, with guidance.
+        image, last_image: picture files that the video starts and ends with.
+        video: a video file to start from.
+        mask: a video or picture file, white where `video` is to be made anew.
+        strength: how much of `video` a text-to-video model makes anew, in (0, 1].
         frames, height, width: of the video, in frames and pixels.
         fps: frames a second.
         seed: of the first video; the one at index i uses `seed + i`. `None` draws one, after
@@ -66,6 +67,11 @@ class GenerationRequest:
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    image: Path | None = None
+    last_image: Path | None = None
+    video: Path | None = None
+    mask: Path | None = None
+    strength: float | None = None
     frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -111,6 +117,8 @@ class GenerationRequest:
             raise InputError(f"`guidance_scale` must be a number of at least 0, got {scale}")
         if fps is not None and not 0 < fps <= 240:
             raise InputError(f"`fps` must be above 0 and at most 240, got {fps}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InputError(f"`strength` must be above 0 and at most 1, got {self.strength}")
 
 
 def check_sparsity(value: float) -> None:
@@ -129,96 +137,6 @@ def _check_whole(name: str, value: int | None, low: int, high: int | None = None
         raise InputError(f"`{name}` must be {limit}, got {value}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class VideoPlan:
-    """One video to make: its prompt, its seed and its file.
-
-    Attributes:
-        finished: the file is there already, from an earlier run.
-    """
-
-    prompt: str
-    seed: int
-    path: Path
-    finished: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationPlan:
-    """A request that has passed every check that needs no weights, with all defaults filled in.
-
-    Attributes:
-        sparsity, dense_steps: `None` with dense attention, or to use those of the routers.
-    """
-
-    source: ModelSource
-    videos: tuple[VideoPlan, ...]
-    routers: str | None
-    dense: bool
-    sparsity: float | None
-    dense_steps: int | None
-    steps: int
-    guidance_scale: float
-    negative_prompt: str | None
-    frames: int
-    height: int
-    width: int
-    fps: float
-    max_sequence_length: int
-
-
-def plan_generation(request: GenerationRequest, *, name_files: bool = True) -> GenerationPlan:
-    """Find the model and check the request against it.
-
-    Args:
-        name_files: whether to plan the videos, with files that are not taken.
-
-    Raises:
-        InputError: no such model, sizes that it cannot make, or an output that is taken.
-    """
-    source = find_model(request.model)
-    defaults = source.defaults
-    values = {
-        field: getattr(defaults if getattr(request, field) is None else request, field)
-        for field in ("steps", "guidance_scale", "frames", "height", "width", "fps")
-    }
-    source.geometry.check(values["frames"], values["height"], values["width"])
-    for field in ("sparsity", "dense_steps"):
-        value = getattr(request, field)
-        if value is None and not request.dense and request.routers in (None, NO_ROUTERS):
-            value = getattr(defaults, field)
-        values[field] = value
-    if values["sparsity"] is not None:
-        check_sparsity(values["sparsity"])
-    routers = request.routers
-    if routers is None and not request.dense and values["sparsity"] >= defaults.routers_sparsity:
-        routers = defaults.routers
-    plan = GenerationPlan(
-        source=source,
-        videos=(),
-        routers=None if routers == NO_ROUTERS else routers,
-        dense=request.dense,
-        negative_prompt=request.negative_prompt,
-        max_sequence_length=defaults.max_sequence_length,
-        **values,
-    )
-    return dataclasses.replace(plan, videos=_videos_of(request, plan)) if name_files else plan
-
-
-def _videos_of(request: GenerationRequest, plan: GenerationPlan) -> tuple[VideoPlan, ...]:
-    """All videos of `request`, with their files."""
-    prompts = [" ".join(p.split()) for p in request.prompts for _ in range(request.num_videos)]
-    assert request.seed is not None  # drawn in __post_init__
-    seeds = [request.seed + index for index in range(len(prompts))]
-    earlier = EarlierVideos(settings_of(request, plan)) if request.resume else None
-    paths = plan_outputs(request.out, prompts, seeds, overwrite=request.overwrite, earlier=earlier)
-    return tuple(
-        # Only a file of the same video is named although it exists.
-        VideoPlan(prompt=prompt, seed=seed, path=path, finished=request.resume and path.exists())
-        for prompt, seed, path in zip(prompts, seeds, paths, strict=True)
-    )
-
-
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The prompts of a text file, one a line; empty lines are skipped.
 
@@ -235,13 +153,3 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise InputError(f"{path} holds no prompts: write one a line")
     return prompts
-
-
-def settings_of(request: GenerationRequest, plan: GenerationPlan) -> dict[str, object]:
-    """Every setting as used, as JSON can hold it; seed and prompt are those of single videos."""
-    settings = {
-        field.name: getattr(plan, field.name, getattr(request, field.name))
-        for field in dataclasses.fields(request)
-        if field.name not in ("prompts", "seed", "out")
-    }
-    return {**settings, "max_sequence_length": plan.max_sequence_length}

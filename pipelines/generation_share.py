@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sla_video.pipelines.generation_request import (
+from sla_video.pipelines.generation_plan import (
     GenerationPlan,
-    GenerationRequest,
     VideoPlan,
     plan_generation,
 )
+from sla_video.pipelines.generation_request import GenerationRequest
 from sla_video.pipelines.processes import Team
 
 

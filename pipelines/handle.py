@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -14,8 +13,17 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.router import Router
+from sla_video.pipelines.first_steps import FirstStepsDense
 from sla_video.pipelines.layer_recorder import averaging_recall, logging_calls
-from sla_video.pipelines.lora import LoraAdapter, detach_lora, hide_lora, lora_of, switch_lora
+from sla_video.pipelines.lora import (
+    LoraAdapter,
+    detach_lora,
+    hide_lora,
+    lora_of,
+    lora_parameters,
+    switch_lora,
+)
+from sla_video.pipelines.lora_guard import LoraGuard
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.recording import Recording, read_logs
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
@@ -25,57 +33,6 @@ logger = logging.getLogger("sla_video")
 
 # Where the record of a patch lies on the transformer.
 _PATCH_ATTRIBUTE = "_sla_patch"
-
-
-class FirstStepsDense:
-    """Forward pre-hook of a transformer: dense attention in the first denoising steps.
-
-    Asks the scheduler of the pipeline, which counts on the host, so nothing waits for the device.
-    Before its first step a scheduler's counter is None, since `set_timesteps` resets it. Two
-    transformers of one pipeline share the counter. The pipeline is held weakly: it holds us.
-    """
-
-    def __init__(self, pipe: Any, steps: int, switch: DenseSwitch) -> None:
-        if not hasattr(pipe.scheduler, "step_index"):
-            raise ValueError(
-                "`dense_steps` needs a scheduler that counts its steps, got "
-                f"{type(pipe.scheduler).__name__}: use another scheduler, or dense_steps=0"
-            )
-        if hasattr(pipe, "generate_timestep_matrix"):
-            raise ValueError(
-                "`dense_steps` needs one scheduler that counts the steps, but in a "
-                f"{type(pipe).__name__} each frame has its own: use dense_steps=0"
-            )
-        self._pipe = weakref.ref(pipe)
-        self._steps = steps
-        self._switch = switch
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        pipe = self._pipe()
-        if pipe is None:
-            raise RuntimeError(
-                "`dense_steps` are counted by the scheduler of the patched pipeline, which is "
-                "gone: keep the pipeline, or call `disable_sla` on the transformer"
-            )
-        index = pipe.scheduler.step_index
-        step = 0 if index is None else index - _first_index(pipe)
-        dense = step < self._steps
-        if dense != self._switch.first_steps:
-            self._switch.first_steps = dense
-            switch_lora(module, on=not self._switch.dense)
-
-
-def _first_index(pipe: Any) -> int:
-    """Where a generation enters the schedule: in the middle of it, in video to video."""
-    scheduler = pipe.scheduler
-    if scheduler.begin_index is not None:
-        return int(scheduler.begin_index)
-    # Most pipelines leave it to the scheduler to find out, and it keeps that to itself. While they
-    # denoise they know how many steps they take, from the first one to the end of the schedule.
-    if getattr(pipe, "current_timestep", None) is None:
-        return 0
-    return max(0, len(scheduler.timesteps) - int(pipe.num_timesteps))
 
 
 class TransformerPatch:
@@ -88,7 +45,7 @@ class TransformerPatch:
         self.layers = dict(layers)
         self.switch = switch
         self.processors: dict[str, SLAAttnProcessor] = {}
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._hide_lora: Any = None
         # What the transformer had when the patch was taken off.
         self.removed_lora: LoraAdapter | None = None
@@ -110,8 +67,11 @@ class TransformerPatch:
         for name, processor in self.processors.items():
             # Not `set_processor`, which the attention of Mochi does not have.
             self.layers[name].processor = processor
-        if hook is not None:
-            self._hook = transformer.register_forward_pre_hook(hook)
+        # Before the step decides whether our LoRA has an effect, it has to be there.
+        hooks = [LoraGuard(transformer)] if lora_parameters(transformer) else []
+        for each in (*hooks, hook):
+            if each is not None:
+                self._hooks.append(transformer.register_forward_pre_hook(each))
         self._hide_lora = hide_lora(transformer)
         setattr(transformer, _PATCH_ATTRIBUTE, self)
 
@@ -127,8 +87,8 @@ class TransformerPatch:
                 logger.warning(
                     "%s has been given another processor since `enable_sla`: it keeps that", name
                 )
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._hide_lora.remove()
         self.removed_lora = lora_of(transformer)
         detach_lora(transformer)

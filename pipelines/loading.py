@@ -1,8 +1,8 @@
-"""Load a Wan pipeline onto a device. The checks that need no weights are in `model_source.py`."""
+"""Load a pipeline onto a device. The checks that need no weights are in `model_source.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from sla_video.pipelines.model_source import check_pipeline_class, check_weights
 if TYPE_CHECKING:
     import torch
 
+# Components that lose too much in 16 bits.
+_EXACT = ("image_encoder",)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -68,28 +70,35 @@ def find_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 def load_pipeline(
     folder: Path,
+    name: str = "WanPipeline",
     *,
     device: torch.device,
     dtype: torch.dtype,
     offload: bool = False,
+    tiled: bool = False,
 ) -> Any:
-    """Load the `WanPipeline` in `folder`.
+    """Load a pipeline.
 
     Args:
         folder: of a Diffusers pipeline, as `find_model` has checked it.
+        name: its class, or another one that takes the same components.
         device: where the model runs.
-        dtype: of the transformer and the text encoder. The VAE stays float32, which it needs.
+        dtype: of the transformer and the text encoder. Wan's VAE and what sees pictures stay
+            float32, which they need.
+        tiled: decode in tiles.
         offload: keep each component in host memory until it is needed (slower, less GPU memory).
 
     Returns:
-        A `diffusers.WanPipeline` in evaluation mode, its own progress bar off.
+        A Diffusers pipeline in evaluation mode, its own progress bar off.
 
     Raises:
         InputError: files that cannot be read, or too little memory.
     """
     try:
         with _no_progress_bars():
-            pipe = _from_pretrained(folder, dtype)
+            pipe = _from_pretrained(folder, name, dtype)
+        if tiled:
+            pipe.vae.enable_tiling()
         if offload:
             pipe.enable_model_cpu_offload(device=device)
         else:
@@ -105,27 +114,23 @@ def load_pipeline(
     return pipe
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
-    """`WanPipeline.from_pretrained`, but weights that the files lack are an error."""
+def _from_pretrained(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """The pipeline's `from_pretrained`, but weights that the files lack are an error."""
+    import diffusers
     import torch
-    from diffusers import WanPipeline
-    from transformers import UMT5EncoderModel
 
-    # Loaded apart, since only so does Transformers tell which weights it made up.
-    text_encoder, report = UMT5EncoderModel.from_pretrained(
-        str(folder / "text_encoder"),
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    misshapen = [key for key, *_ in report["mismatched_keys"]]
-    _check_complete(folder / "text_encoder", [*report["missing_keys"], *misshapen])
-    pipe = WanPipeline.from_pretrained(
+    pipeline = getattr(diffusers, name, None)
+    if pipeline is None:
+        raise InputError(f"Diffusers {diffusers.__version__} has no {name}: install a newer one")
+    index = read_json(folder / "model_index.json")
+    exact = [name for name in _EXACT if (index.get(name) or [None])[0] is not None]
+    if index["vae"][1] == "AutoencoderKLWan":
+        exact.append("vae")
+    dtypes = {"default": dtype, **dict.fromkeys(exact, torch.float32)}
+    pipe = pipeline.from_pretrained(
         str(folder),
-        text_encoder=text_encoder,
-        dtype={"default": dtype, "vae": torch.float32},
+        **_load_encoders(folder, index, dtypes),
+        dtype=dtypes,
         use_safetensors=True,
         local_files_only=True,
     )
@@ -134,6 +139,32 @@ def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
             missing = [key for key, value in component.state_dict().items() if value.is_meta]
             _check_complete(folder / name, missing)
     return pipe
+
+
+def _load_encoders(
+    folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
+    """The models of Transformers, loaded apart: only so does it tell which weights it made up."""
+    import transformers
+
+    found = {}
+    for name, value in index.items():
+        library, kind = value if isinstance(value, list) and len(value) == 2 else (None, None)
+        cls = getattr(transformers, str(kind), None) if library == "transformers" else None
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            continue  # tokenizers and image processors
+        model: Any = cls
+        found[name], report = model.from_pretrained(
+            str(folder / name),
+            dtype=dtypes.get(name, dtypes["default"]),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        misshapen = [key for key, *_ in report["mismatched_keys"]]
+        _check_complete(folder / name, [*report["missing_keys"], *misshapen])
+    return found
 
 
 def _check_complete(folder: Path, missing: Collection[str]) -> None:
@@ -160,19 +191,22 @@ def _no_progress_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def download(name: str) -> Path:
+def download(name: str, pipelines: Sequence[str] = ("WanPipeline",)) -> Path:
     """Fetch a pipeline from the hub into its cache, weights included, and check what came.
+
+    Args:
+        pipelines: classes that the caller can use.
 
     Raises:
         InputError: the hub cannot be reached, or there is no room.
     """
-    from diffusers import WanPipeline
+    from diffusers import DiffusionPipeline
 
     try:
-        folder = Path(WanPipeline.download(name, use_safetensors=True))
+        folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
     except Exception as error:  # each HTTP library of each hub version raises its own types
         raise InputError(f"cannot download model {name!r}: {one_line(error)}") from error
-    check_pipeline_class(name, read_json(folder / "model_index.json"))
+    check_pipeline_class(name, read_json(folder / "model_index.json"), pipelines)
     for component in sorted(path for path in folder.iterdir() if path.is_dir()):
         check_weights(component)
     return folder

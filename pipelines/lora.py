@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 ADAPTER_NAME = "sla"
+# Weights are also stored in others, by layerwise casting and quantization.
+_COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ATTENTION_PROJECTIONS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
 
@@ -51,8 +53,8 @@ def add_lora(
         targets: ends of the names of the linear layers to correct.
 
     Raises:
-        ValueError: the transformer has our adapter already, its projections are fused, or it has
-            no layer of such a name.
+        ValueError: the transformer has our adapter already, its projections or other LoRA are
+            fused, or it has no layer of such a name.
     """
     from peft import LoraConfig
 
@@ -64,6 +66,12 @@ def add_lora(
         raise ValueError(
             "the projections are fused (`fuse_qkv_projections`), and LoRA corrects them one by "
             "one: call `unfuse_qkv_projections` first"
+        )
+    if any(getattr(module, "merged_adapters", None) for module in transformer.modules()):
+        raise ValueError(
+            "LoRA is fused into the transformer (`fuse_lora`), and a layer with fused LoRA leaves "
+            "out all other: call `unfuse_lora` first, or keep the fused weights for good with "
+            "`unload_lora_weights`"
         )
     check_targets(transformer, targets)
     trainable = {id(p): p.requires_grad for p in transformer.parameters()}
@@ -97,11 +105,19 @@ def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
 
 
 def attach_lora(transformer: nn.Module, adapter: LoraAdapter) -> None:
-    """Add an adapter with these weights, in the dtype of the layers, not trainable.
+    """Add an adapter with these weights, not trainable, in the dtype that the layers compute in.
 
     Raises:
-        ValueError: as `add_lora`, or the weights do not fit the transformer.
+        ValueError: as `add_lora`, or the weights do not fit the transformer, or they are kept
+            elsewhere (sequential offload).
     """
+    hooks = (getattr(module, "_hf_hook", None) for module in transformer.modules())
+    if any(getattr(hook, "offload", False) for hook in hooks):
+        raise ValueError(
+            "these routers come with LoRA, and the weights that it corrects are not there between "
+            "calls (`enable_sequential_cpu_offload`): use `enable_group_offload` or "
+            "`enable_model_cpu_offload`"
+        )
     with torch.random.fork_rng(devices=[]):
         add_lora(transformer, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     own = lora_parameters(transformer)
@@ -111,14 +127,14 @@ def attach_lora(transformer: nn.Module, adapter: LoraAdapter) -> None:
     if wrong:
         detach_lora(transformer)
         raise ValueError(f"the LoRA weights do not fit the transformer: see {wrong[0]!r}")
-    for layer in _our_layers(transformer):
-        weight = layer.get_base_layer().weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    for layer in our_layers(transformer):
+        dtype = layer.get_base_layer().weight.dtype
         for part in (layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]):
-            part.to(dtype)
+            part.to(dtype if dtype in _COMPUTE_DTYPES else torch.float32)
     for name, parameter in lora_parameters(transformer).items():
         parameter.data.copy_(adapter.tensors[name])
         parameter.requires_grad_(False)
+    _renew_group_offloading(transformer)
 
 
 def detach_lora(transformer: nn.Module) -> None:
@@ -127,7 +143,12 @@ def detach_lora(transformer: nn.Module) -> None:
     if ADAPTER_NAME not in config:
         return
     names = {id(module): name for name, module in transformer.named_modules()}
-    for layer in _our_layers(transformer):
+    for layer in our_layers(transformer):
+        fused = list(layer.merged_adapters)
+        if ADAPTER_NAME in fused:
+            layer.unmerge()
+            if len(fused) > 1:
+                layer.merge(adapter_names=[name for name in fused if name != ADAPTER_NAME])
         others = [name for name in layer.lora_A if name != ADAPTER_NAME]
         if others:
             active = [name for name in layer.active_adapters if name != ADAPTER_NAME]
@@ -140,6 +161,14 @@ def detach_lora(transformer: nn.Module) -> None:
     if not config:
         del transformer.peft_config
         transformer._hf_peft_config_loaded = False  # type: ignore[assignment]
+    _renew_group_offloading(transformer)
+
+
+def _renew_group_offloading(transformer: nn.Module) -> None:
+    """Group offloading knows the layers that it found: let it find those of now."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    _maybe_remove_and_reapply_group_offloading(transformer)
 
 
 def lora_of(transformer: nn.Module) -> LoraAdapter | None:
@@ -170,7 +199,7 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 def switch_lora(transformer: nn.Module, *, on: bool) -> None:
     """Let our adapter have its effect, or none; other adapters are left alone."""
-    for layer in _our_layers(transformer):
+    for layer in our_layers(transformer):
         layer.set_scale(ADAPTER_NAME, 1.0 if on else 0.0)
 
 
@@ -212,7 +241,8 @@ def _has_ours(layer: Any) -> bool:
     return ADAPTER_NAME in getattr(layer, "lora_A", {})
 
 
-def _our_layers(transformer: nn.Module) -> list[Any]:
+def our_layers(transformer: nn.Module) -> list[Any]:
+    """PEFT's layers that have our adapter."""
     return [layer for layer in transformer.modules() if _has_ours(layer)]
 
 

@@ -8,8 +8,7 @@ Nothing in this file imports torch or diffusers.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,105 +16,40 @@ from typing import Any
 
 from sla_video.pipelines.errors import InputError, one_line
 from sla_video.pipelines.hub import hub_file, is_hub_id
+from sla_video.pipelines.model_defaults import (
+    Geometry,
+    ModelDefaults,
+    defaults_of,
+    wan_geometry,
+)
+from sla_video.pipelines.pipeline_kinds import PIPELINE_KINDS
 
 EMBEDDED_MODEL = "tiny-wan"
-_PIPELINE_CLASS = "WanPipeline"
-# `WanPipeline` itself refuses anything but multiples of 16 pixels.
-_PIPELINE_MULTIPLE = 16
-_WITH_WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDefaults:
-    """Settings used where the caller gives none: `defaults.json` of the model, or Wan 2.1's own.
-
-    `max_sequence_length` is the number of text tokens that the model was trained with; Wan pads to
-    it and attends to the padding, so that it is no matter of taste. `routers` is a folder of the
-    model's own, trained for sparsities of `routers_sparsity` and more and used for these.
-    """
-
-    frames: int = 81
-    height: int = 480
-    width: int = 832
-    steps: int = 50
-    guidance_scale: float = 5.0
-    fps: float = 16
-    sparsity: float = 0.9
-    dense_steps: int = 0
-    max_sequence_length: int = 512
-    routers: str | None = None
-    routers_sparsity: float = 0.0
-
-
-# Names of a model's `defaults.json` (those of a Diffusers call) and ours.
-_DEFAULTS_KEYS = {
-    "num_frames": "frames",
-    "height": "height",
-    "width": "width",
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance_scale",
-    "fps": "fps",
-    "sparsity": "sparsity",
-    "dense_steps": "dense_steps",
-    "max_sequence_length": "max_sequence_length",
-    "routers_sparsity": "routers_sparsity",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """The sizes a model can generate. All in pixels and frames of the video, not of its latents.
-
-    Attributes:
-        multiple: `(height, width)` have to be multiples of these.
-        temporal: frames have to be `temporal * k + 1`.
-        maximum: the largest `(frames, height, width)` that the position embedding covers.
-    """
-
-    multiple: tuple[int, int]
-    temporal: int
-    maximum: tuple[int, int, int]
-
-    def check(self, frames: int, height: int, width: int) -> None:
-        """Raise `InputError` naming the nearest valid sizes unless all three are valid."""
-        nearest_frames = _nearest(frames - 1, self.temporal, 0, self.maximum[0] - 1) + 1
-        if frames != nearest_frames:
-            raise InputError(
-                f"`frames` must be {self.temporal}k+1 and at most {self.maximum[0]} for this "
-                f"model, got {frames}; the nearest valid number is {nearest_frames}"
-            )
-        nearest = tuple(
-            _nearest(size, multiple, multiple, maximum)
-            for size, multiple, maximum in zip(
-                (height, width), self.multiple, self.maximum[1:], strict=True
-            )
-        )
-        if (height, width) != nearest:
-            multiples = " and ".join(str(m) for m in dict.fromkeys(self.multiple))
-            raise InputError(
-                f"`height` and `width` must be multiples of {multiples}, at most "
-                f"{self.maximum[1]} and {self.maximum[2]}, for this model, got {height} and "
-                f"{width}; the nearest valid size is --height {nearest[0]} --width {nearest[1]}"
-            )
-
-
-def _nearest(value: int, multiple: int, low: int, high: int) -> int:
-    """The multiple of `multiple` nearest to `value` in `[low, high]`; ties go up."""
-    return min(max((2 * value + multiple) // (2 * multiple) * multiple, low), high)
+_TEXT_TO_VIDEO = ("WanPipeline",)
+_WITH_WEIGHTS = (
+    "transformer",
+    "transformer_2",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "image_encoder",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model that exists, is a Wan pipeline and has readable configurations.
+    """A model that exists, is a pipeline of a supported class and has readable configurations.
 
     Attributes:
         name: what the caller asked for.
         folder: where it lies, `None` for a hub id whose weights may not be here yet.
+        index: its `model_index.json`.
         transformer_config: the `config.json` of its transformer.
     """
 
     name: str
     folder: Path | None
+    index: Mapping[str, Any]
     defaults: ModelDefaults
     geometry: Geometry
     transformer_config: Mapping[str, Any]
@@ -126,11 +60,14 @@ def embedded_folder() -> Path:
     return Path(str(files("sla_video") / "assets" / EMBEDDED_MODEL))
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str, pipelines: Sequence[str] = _TEXT_TO_VIDEO) -> ModelSource:
     """Find `name`: the embedded model, else a local folder, else a hub id.
 
+    Args:
+        pipelines: classes, of those in `PIPELINE_KINDS`, that the caller can use.
+
     Raises:
-        InputError: no such model, not a Wan pipeline, unreadable files, or the hub out of reach.
+        InputError: no such model, of another class, unreadable files, or the hub out of reach.
     """
     if name == EMBEDDED_MODEL:
         folder = embedded_folder()
@@ -139,19 +76,19 @@ def find_model(name: str) -> ModelSource:
                 f"the embedded model {name!r} is missing from this installation ({folder}): "
                 "give a Wan pipeline with --model FOLDER-OR-HUB-ID"
             )
-        return _from_folder(name, folder)
+        return _from_folder(name, folder, pipelines)
     path = Path(name).expanduser()
     if path.exists():
-        return _from_folder(name, path)
+        return _from_folder(name, path, pipelines)
     if is_hub_id(name):
-        return _from_hub(name)
+        return _from_hub(name, pipelines)
     raise InputError(
         f"unknown model {name!r}: not {EMBEDDED_MODEL!r} (the embedded model), not a folder here, "
         "and not a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     )
 
 
-def _from_folder(name: str, folder: Path) -> ModelSource:
+def _from_folder(name: str, folder: Path, pipelines: Sequence[str]) -> ModelSource:
     if not folder.is_dir():
         raise InputError(f"model {name!r} is not a folder: give the folder of a Diffusers pipeline")
     if not (folder / "model_index.json").is_file():
@@ -160,46 +97,53 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
             "(give the folder that `save_pretrained` wrote)"
         )
     index = read_json(folder / "model_index.json")
-    check_pipeline_class(name, index)
+    check_pipeline_class(name, index, pipelines)
     components = [key for key, value in index.items() if _is_component(value)]
     for component in components:
         if not (folder / component).is_dir():
             raise InputError(f"{folder} is incomplete: the folder {component} is missing")
         check_weights(folder / component)
-    optional = folder / "defaults.json"
+    return _describe(name, folder, index, lambda file: folder / file)
+
+
+def _from_hub(name: str, pipelines: Sequence[str]) -> ModelSource:
+    """Look only at the small JSON files: gigabytes of weights wait until everything is checked."""
+    index = read_json(hub_file(name, "model_index.json"))
+    check_pipeline_class(name, index, pipelines)
+    return _describe(name, None, index, lambda file: hub_file(name, file))
+
+
+def _describe(
+    name: str, folder: Path | None, index: Mapping[str, Any], locate: Callable[[str], Path]
+) -> ModelSource:
+    kind = PIPELINE_KINDS[index["_class_name"]]
+    transformer = read_json(locate("transformer/config.json"))
+    geometry = kind.geometry or wan_geometry(read_json(locate("vae/config.json")), transformer)
+    defaults = kind.defaults
+    if folder is not None and (file := folder / "defaults.json").is_file():
+        defaults = defaults_of(read_json(file), file, defaults)
     return ModelSource(
         name=name,
         folder=folder,
-        defaults=_read_defaults(optional) if optional.is_file() else ModelDefaults(),
-        geometry=_geometry(
-            read_json(folder / "vae" / "config.json"),
-            transformer := read_json(folder / "transformer" / "config.json"),
-        ),
+        index=index,
+        defaults=defaults,
+        geometry=geometry,
         transformer_config=transformer,
     )
 
 
-def _from_hub(name: str) -> ModelSource:
-    """Look only at the small JSON files: gigabytes of weights wait until everything is checked."""
-    index = read_json(hub_file(name, "model_index.json"))
-    check_pipeline_class(name, index)
-    transformer = read_json(hub_file(name, "transformer/config.json"))
-    return ModelSource(
-        name=name,
-        folder=None,
-        defaults=ModelDefaults(),
-        geometry=_geometry(read_json(hub_file(name, "vae/config.json")), transformer),
-        transformer_config=transformer,
-    )
-
-
-def check_pipeline_class(name: str, index: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless a `model_index.json` describes a text-to-video Wan pipeline."""
+def check_pipeline_class(
+    name: str, index: Mapping[str, Any], pipelines: Sequence[str] = _TEXT_TO_VIDEO
+) -> None:
+    """Raise `InputError` unless a `model_index.json` describes one of `pipelines`."""
     found = index.get("_class_name")
-    if found != _PIPELINE_CLASS:
+    if found not in pipelines:
+        supported = ", ".join(pipelines)
+        if tuple(pipelines) == _TEXT_TO_VIDEO:
+            supported += " (Wan text to video in Diffusers format)"
         raise InputError(
-            f"model {name!r} holds a {found or 'pipeline of unknown class'}; "
-            f"generation supports {_PIPELINE_CLASS} (Wan text to video in Diffusers format)"
+            f"model {name!r} holds a {found or 'pipeline of unknown class'}; this command "
+            f"supports {supported}"
         )
 
 
@@ -247,40 +191,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
-
-
-def _read_defaults(path: Path) -> ModelDefaults:
-    stored = read_json(path)
-    known: dict[str, Any] = {
-        ours: stored[key] for key, ours in _DEFAULTS_KEYS.items() if key in stored
-    }
-    for ours, value in known.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{path}: `{ours}` must be a number, got {value!r}")
-    if "routers" in stored:
-        if not isinstance(stored["routers"], str):
-            raise InputError(
-                f"{path}: `routers` must be the name of a folder, got {stored['routers']!r}"
-            )
-        known["routers"] = str(path.parent / stored["routers"])
-    return ModelDefaults(**known)
-
-
-def _geometry(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> Geometry:
-    spatial = int(vae.get("scale_factor_spatial") or 8)
-    temporal = int(vae.get("scale_factor_temporal") or 4)
-    patch = transformer.get("patch_size") or (1, 2, 2)
-    positions = int(transformer.get("rope_max_seq_len") or 1024)
-    multiple = (
-        math.lcm(_PIPELINE_MULTIPLE, spatial * int(patch[1])),
-        math.lcm(_PIPELINE_MULTIPLE, spatial * int(patch[2])),
-    )
-    return Geometry(
-        multiple=multiple,
-        temporal=temporal,
-        maximum=(
-            (positions * int(patch[0]) - 1) * temporal + 1,
-            positions * spatial * int(patch[1]) // multiple[0] * multiple[0],
-            positions * spatial * int(patch[2]) // multiple[1] * multiple[1],
-        ),
-    )

@@ -20,7 +20,8 @@ from sla_video.pipelines.families.registry import (
     find_family,
     supported_transformers,
 )
-from sla_video.pipelines.handle import FirstStepsDense, SLAHandle, TransformerPatch
+from sla_video.pipelines.first_steps import FirstStepsDense
+from sla_video.pipelines.handle import SLAHandle, TransformerPatch
 from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
 from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
@@ -193,8 +194,8 @@ def _find_transformers(model: Any, component: str) -> dict[str, nn.Module]:
         )
         got = type(model).__name__ + ("" if isinstance(model, nn.Module) else holds)
         raise TypeError(
-            f"SLA attention supports {', '.join(supported_transformers())} of Diffusers, and the "
-            f"pipelines that have one; got {got}"
+            f"got {got}, but SLA attention supports {', '.join(supported_transformers())} of "
+            "Diffusers, and the pipelines that have one"
         )
     return found
 
@@ -208,6 +209,12 @@ def _check_patchable(name: str, transformer: nn.Module, family: Family) -> None:
     # Raises for kinds of parallelism in which SLA attention is not exact.
     Ulysses.of(getattr(transformer, "_parallel_config", None))
     for layer_name, layer in family.layers(transformer).items():
+        hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {})
+        if any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values()):
+            raise ValueError(
+                f"{name}.{layer_name} skips its attention scores (perturbed attention guidance, "
+                "`LayerSkipConfig`), which SLA attention does not compute: remove that hook first"
+            )
         processor = layer.processor
         if not _is_stock(processor, family):
             raise ValueError(

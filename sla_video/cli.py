@@ -16,20 +16,9 @@ import typer
 
 from sla_video import __version__, cli_finetune, cli_report
 from sla_video.cli_calibrate import calibrate
-from sla_video.cli_options import (
-    DenseSteps,
-    Device,
-    Dtype,
-    Frames,
-    Height,
-    Model,
-    Offload,
-    Prompts,
-    Record,
-    Width,
-)
-from sla_video.console import PROGRAM, print_videos, run_command, set_up_messages
-from sla_video.pipelines.errors import InputError
+from sla_video.cli_generate import generate
+from sla_video.cli_options import Device, Dtype
+from sla_video.console import PROGRAM, run_command, set_up_messages
 
 app = typer.Typer(
     name=PROGRAM,
@@ -71,123 +60,7 @@ def root(
         typer.echo(context.get_help())
 
 
-@app.command()
-def generate(
-    prompt: Annotated[
-        list[str] | None,
-        typer.Argument(help="What the video shows; several prompts make several videos."),
-    ] = None,
-    prompts: Prompts = None,
-    model: Model = "tiny-wan",
-    routers: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or hub id of trained routers; none is the training-free mode.  "
-            "[default: the model's own, or none]"
-        ),
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the attention that is left to the cheap linear branch, from 0 to below "
-            "1.  [default: the model's own, or the routers']"
-        ),
-    ] = None,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Use the model's own full attention, to compare.")
-    ] = False,
-    dense_steps: DenseSteps = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the prompt; 1 or less turns guidance off and halves the time.  "
-            "[default: the model's own]"
-        ),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the video should not show; needs guidance.")
-    ] = None,
-    frames: Frames = None,
-    height: Height = None,
-    width: Width = None,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames a second.  [default: the model's own]")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the first video; each next one adds 1.  [default: random]"),
-    ] = None,
-    num_videos: Annotated[int, typer.Option(help="Videos of each prompt.")] = 1,
-    device: Device = None,
-    dtype: Dtype = None,
-    offload: Offload = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="An .mp4 file, or a folder for files named after prompt and seed.  "
-            "[default: this folder]",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that exist.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Keep what an earlier run with this --seed has finished."),
-    ] = False,
-    record: Record = False,
-) -> None:
-    """Generate videos from prompts.
-
-    Writes an MP4 and beside it a JSON file with all settings, and prints the MP4's path. Under
-    torchrun or accelerate launch, each process makes its share of the videos.
-
-    \b
-    Examples:
-      sla-video generate "a red circle moves left on a white background"
-      sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
-      torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
-    """
-    from sla_video.pipelines.generation import generate as generate_videos
-    from sla_video.pipelines.generation_request import GenerationRequest, read_prompts
-    from sla_video.pipelines.processes import Team
-    from sla_video.pipelines.progress import TerminalProgress
-
-    with Team.join() as team:
-        if prompt and prompts is not None:
-            raise InputError("give prompts as arguments or with --prompts, not both")
-        request = GenerationRequest(
-            prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
-            model=model,
-            routers=routers,
-            sparsity=sparsity,
-            dense=dense,
-            dense_steps=dense_steps,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            frames=frames,
-            height=height,
-            width=width,
-            fps=fps,
-            seed=seed,
-            num_videos=num_videos,
-            device=device,
-            dtype=dtype,
-            offload=offload,
-            out=out,
-            overwrite=overwrite,
-            resume=resume,
-            record=record,
-        )
-        with TerminalProgress(team.rank == 0) as progress:
-            print_videos(generate_videos(request, progress=progress, team=team), team)
-
-
+app.command()(generate)
 app.command()(calibrate)
 cli_finetune.register(app)
 cli_report.register(app)

@@ -107,3 +107,44 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(loading, "load_pipeline", load)
+
+
+@pytest.fixture
+def frames_written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The frames of each video, before they are compressed."""
+    from sla_video.pipelines import generation
+
+    seen: list[Any] = []
+    write = generation.write_video
+
+    def spy(path: Path, frames: Any, *rest: Any) -> None:
+        seen.append(frames)
+        write(path, frames, *rest)
+
+    monkeypatch.setattr(generation, "write_video", spy)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Name in `generate_cases.MODELS` -> folder of that tiny pipeline: do not write."""
+    from generate_cases import MODELS
+
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("model") / name.replace(" ", "-")
+            MODELS[name]().save_pretrained(folders[name])
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture
+def files(here: Path) -> Path:
+    """A folder to work in, with the files of `generate_cases.write_inputs`."""
+    from generate_cases import write_inputs
+
+    write_inputs(here)
+    return here

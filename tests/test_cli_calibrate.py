@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_tools import assert_refused, call, files_below
+from tiny_families_other import ltx
 
 from sla_video import disable_sla, enable_sla, load_routers
 from sla_video.calibration.calibration_request import world_prompts
@@ -188,7 +189,15 @@ def test_a_model_with_another_transformer(
     pipe.transformer = torch.nn.Linear(2, 2)
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: pipe)
     outcome = calibrate(tiny_pipeline_dir)
-    assert_refused(outcome, "supports Diffusers pipelines with a Wan", "Linear")
+    assert_refused(outcome, "supports WanTransformer3DModel", "Linear")
+    assert files_below(here) == []
+
+
+def test_a_model_of_another_family(
+    tiny_pipeline_dir: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: ltx("LTXPipeline"))
+    assert_refused(calibrate(tiny_pipeline_dir), "Wan's models", "LTX")
     assert files_below(here) == []
 
 

@@ -26,24 +26,10 @@ from cli_tools import (
 )
 
 import sla_video
-from sla_video.pipelines import generation, video_files
+from sla_video.pipelines import video_files
 from sla_video.pipelines.generation_request import GenerationRequest
 
 PROMPT = "a red circle moves left"
-
-
-@pytest.fixture
-def frames_written(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray[Any, Any]]:
-    """The frames of each video, before they are compressed."""
-    seen: list[np.ndarray[Any, Any]] = []
-    write = generation.write_video
-
-    def spy(path: Path, frames: np.ndarray[Any, Any], *rest: Any) -> None:
-        seen.append(frames)
-        write(path, frames, *rest)
-
-    monkeypatch.setattr(generation, "write_video", spy)
-    return seen
 
 
 def generate(model: Path, out: Path, *arguments: object, prompt: str = PROMPT) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from torch.distributed import HashStore
 
 from sla_video.pipelines import generation, generation_share
 from sla_video.pipelines.errors import InputError, ReportedElsewhere
-from sla_video.pipelines.generation_request import GenerationRequest, VideoPlan
+from sla_video.pipelines.generation_plan import VideoPlan
+from sla_video.pipelines.generation_request import GenerationRequest
 from sla_video.pipelines.processes import Team
 
 PROMPTS = ("a red circle", "a blue square", "the circle moves right")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sla_video.pipelines import hub, model_source
 from sla_video.pipelines.errors import InputError
-from sla_video.pipelines.model_source import Geometry, ModelDefaults, find_model
+from sla_video.pipelines.model_defaults import Geometry, ModelDefaults, wan_geometry
+from sla_video.pipelines.model_source import find_model
 
 WAN21 = ({}, {"patch_size": [1, 2, 2]})
 WAN22_5B = (
@@ -28,7 +29,7 @@ TINY = ({"scale_factor_spatial": 8, "scale_factor_temporal": 4}, {"patch_size": 
     ids=["Wan2.1", "Wan2.2-5B", "tiny-wan"],
 )
 def test_geometry_of_known_models(configs, multiple, sizes) -> None:
-    geometry = model_source._geometry(*configs)
+    geometry = wan_geometry(*configs)
     assert geometry.multiple == (multiple, multiple)
     assert geometry.temporal == 4
     geometry.check(*sizes)

@@ -133,6 +133,21 @@ def test_numbers_stay_on_the_device_until_they_are_read(monkeypatch):
     assert handle.recorded().timesteps == (500, 400)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_a_gpu():
+    model = build_tiny_transformer().cuda()
+    inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in transformer_inputs().items()}
+    handle = enable_sla(model, config=SMALL_BLOCKS)
+    with torch.no_grad(), handle.recording(per_step=True, exact_recall=True):
+        model(**inputs)  # kernels are compiled
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert handle.recorded().timesteps == (500,)
+
+
 def test_memory_is_bounded(monkeypatch, caplog):
     monkeypatch.setattr(recording_module, "_MOST_CALLS", 2)
     model, inputs = build_tiny_transformer(num_layers=1), transformer_inputs()

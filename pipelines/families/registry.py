@@ -37,8 +37,8 @@ def family_of(transformer: object) -> Family:
     family = find_family(transformer)
     if family is None:
         raise TypeError(
-            f"SLA attention supports {', '.join(supported_transformers())} of Diffusers, got "
-            f"{type(transformer).__name__}"
+            f"got {type(transformer).__name__}, but SLA attention supports "
+            f"{', '.join(supported_transformers())} of Diffusers"
         )
     return family
 

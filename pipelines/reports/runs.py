@@ -13,8 +13,9 @@ from sla_video.pipelines.recording import Recording
 from sla_video.pipelines.reports.video_source import VideoSource
 from sla_video.pipelines.video_files import sidecar_of
 
-# Two runs with all of these in common differ in their attention and numerics only.
-_SAME_VIDEO = ("model", "steps", "guidance_scale", "negative_prompt", "frames", "height", "width")
+# Two runs that have all other settings in common differ in their attention and numerics only.
+_OF_ATTENTION = {"dense", "sparsity", "routers", "dense_steps", "record"}
+_OF_THE_RUN = {"num_videos", "overwrite", "resume", "offload", "device", "dtype", "fps"}
 _LAYER_FIELDS = ("sparsity", "recall", "relative_l1", "oracle_density", "router_density", "seconds")
 
 
@@ -55,13 +56,13 @@ class Run:
         """The run with dense attention that this one is to be compared with."""
         return next((run for run in runs if run.is_dense and self._key() == run._key()), None)
 
-    def _key(self) -> tuple[Any, ...]:
-        settings = self.record["settings"]
-        return (
-            self.record["prompt"],
-            self.record["seed"],
-            *(settings.get(name) for name in _SAME_VIDEO),
-        )
+    def _key(self) -> dict[str, Any]:
+        names = self.record["settings"].keys() - _OF_ATTENTION - _OF_THE_RUN
+        return {
+            **{name: self.record["settings"][name] for name in names},
+            "prompt": self.record["prompt"],
+            "seed": self.record["seed"],
+        }
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

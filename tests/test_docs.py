@@ -1,0 +1,145 @@
+"""Every code block of the documentation runs, and what it says of options and models is so.
+
+The blocks of a page are executed in their order, in one folder, Python blocks in one namespace.
+Small models stand in for the big ones (`docs_stand_ins.py`), CPUs for GPUs; `docs_commands.py`
+says how shell commands are checked. A block in any other language fails, but for `text`, which
+is for what a program prints.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from docs_commands import Commands, options_of, parse
+from docs_pages import (
+    PAGES,
+    ROOT,
+    Block,
+    blocks_of,
+    commands_of,
+    options_in,
+    spans_of,
+)
+from docs_program import execute
+from docs_stand_ins import stand_in
+from family_cases import clip, picture
+
+from finetune_cases import write_videos
+
+# Names that a page uses without saying where they come from.
+GIVEN = {
+    "README.md": {
+        name: torch.randn(1, 200, 2, 16, generator=torch.Generator().manual_seed(seed))
+        for seed, name in enumerate(("query", "key", "value"))
+    }
+}
+COMMANDS = ("", "generate", "calibrate", "finetune", "bench", "info")
+# Where programs of ours are that are not commands of `sla-video`.
+SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("pipelines/tiny_wan/*.py")]
+PROCESSES = 2
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def files(here: Path) -> Path:
+    """A folder with the files that pages speak of."""
+    picture(0).save(here / "first.png")
+    picture(1).save(here / "last.png")
+    for name in ("clip", "mask", "pose", "face"):
+        diffusers.utils.export_to_video(clip(9), str(here / f"{name}.mp4"), fps=8)
+    (here / "prompts.txt").write_text("a red circle moves left\na blue square\n")
+    write_videos(here / "VIDEOS", 3)
+    return here
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of many small operations mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def launch(block: Block, folder: Path) -> None:
+    """Run a program of a page in several processes."""
+    file = folder / "program.py"
+    file.write_text(block.text)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, str(ROOT / "tests" / "docs_program.py")]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [*words, str(file), str(block.line), block.page],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                 "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        )
+        for rank in range(PROCESSES)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * PROCESSES, "\n".join(said)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+def test_every_block_runs(
+    page: str, files: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    programs = {b.title: b for b in blocks_of(page) if "init_process_group" in b.text}
+    started = set()
+
+    def start(name: str) -> None:
+        assert name in programs, f"{page} has no program {name}"
+        started.add(name)
+        launch(programs[name], files)
+
+    commands = Commands(models, start, monkeypatch)
+    names: dict[str, Any] = {**GIVEN.get(page, {}), "__name__": "docs"}
+    for block in blocks_of(page):
+        try:
+            if block.language == "python" and block.title not in programs:
+                execute(block.text, block.page, block.line, names)
+            elif block.language == "bash":
+                for words in commands_of(block):
+                    commands.run(words)
+            else:
+                assert block.language in ("python", "text"), f"{block.language!r} is not run"
+        except Exception as error:
+            raise AssertionError(f"{block.place}: {type(error).__name__}: {error}") from error
+    assert started == programs.keys(), "a program that no command starts"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_options_in_the_prose_exist(page: str) -> None:
+    known = {"--help"} | {flag for name in COMMANDS for flag in options_of(name)}
+    known |= {flag for path in SCRIPTS for flag in options_in(path.read_text(encoding="utf-8"))}
+    for span in spans_of(page):
+        if span.startswith("sla-video "):
+            words = span.replace('"', "").split()[1:]
+            parse([word for word in words if word not in ("|", "--help")])
+        elif span.startswith("--"):
+            assert set(options_in(span)) <= known, f"{page}: `{span}`"
