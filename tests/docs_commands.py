@@ -4,7 +4,7 @@
   documented up to the loading of the model, and all commands are run to their end with a small
   model and few steps, in the order of the page, so that one finds what another has written.
 - `torchrun` and `accelerate launch`: parsed by their own parsers. What they start runs in one
-  process if it is one of our commands, and in two if it is a program of the same page.
+  process if it is one of our commands; a program of the same page runs in two, at the end.
 - `pip install`: folders, extras and packages have to be those of `pyproject.toml`.
 - Anything else is refused.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,18 @@ PROMPTS = ("a red circle moves left", "a blue square")
 # What may be installed besides what we need ourselves.
 FOREIGN_PACKAGES = {"bitsandbytes", "torchao", "torch"}
 
-# Runs a program of the same page, by its name, in two processes.
-Launch = Callable[[str], None]
-
 
 class Commands:
-    """Runs commands in the current folder, which has the files that pages speak of."""
+    """Runs commands in the current folder, which has the files that pages speak of.
 
-    def __init__(self, models: Path, launch: Launch, patch: pytest.MonkeyPatch) -> None:
+    Attributes:
+        started: programs of the page that a launcher was to start.
+    """
+
+    def __init__(self, models: Path, programs: Collection[str], patch: pytest.MonkeyPatch) -> None:
+        self.started: set[str] = set()
         self._models = models
-        self._launch = launch
+        self._programs = programs
         self._patch = patch
 
     def run(self, words: list[str]) -> None:
@@ -93,7 +95,8 @@ class Commands:
     def _start(self, is_module: bool, program: str, arguments: list[str]) -> None:
         if not is_module:
             assert not arguments, f"the program {program} takes none"
-            self._launch(program)
+            assert program in self._programs, f"the page has no program {program}"
+            self.started.add(program)
         elif program == "sla_video.calibration.finetune":
             self._own(["finetune", *arguments])
         else:

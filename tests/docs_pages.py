@@ -20,6 +20,8 @@ PAGES = [
 _BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"^ *(```|~~~)", re.MULTILINE)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
@@ -93,3 +95,14 @@ def tables_of(page: str) -> Iterator[list[str]]:
             head = False
         elif not head:
             yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def links_of(page: str) -> list[tuple[str, str]]:
+    """(file, heading) of each link that stays within the repository."""
+    return _LINK.findall(text_of(page))
+
+
+def anchors_of(text: str) -> set[str]:
+    """What the headings of a page are called in links to them."""
+    titles = _HEADING.findall(_BLOCK.sub("", text))
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}

@@ -1,10 +1,13 @@
-"""Run a program of the documentation as one of several processes: docs_program.py FILE LINE PAGE.
+"""Run programs of the documentation as one of several processes.
+
+    docs_program.py FILE LINE PAGE PORT [FILE LINE PAGE PORT ...]
 
 CPUs stand in for GPUs, gloo for NCCL, tiny models for the real ones.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,18 +27,22 @@ def execute(text: str, page: str, line: int, names: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    file, line, page = sys.argv[1:]
     torch.set_num_threads(1)
     # Diffusers takes the device's number modulo the count of accelerators, which is zero here.
     torch.accelerator.device_count = lambda: 1
     torch.cuda.set_device = lambda device: None
-    from docs_stand_ins import stand_in
-
-    with pytest.MonkeyPatch.context() as patch:
-        called = stand_in(patch)
-        execute(Path(file).read_text(encoding="utf-8"), page, int(line), {"__name__": "__main__"})
-        assert called, "no patched pipeline was called"
+    words = iter(sys.argv[1:])
+    for file, line, page, port in zip(words, words, words, words, strict=True):
+        os.environ["MASTER_PORT"] = port
+        with pytest.MonkeyPatch.context() as patch:
+            handles = stand_in(patch)
+            text = Path(file).read_text(encoding="utf-8")
+            execute(text, page, int(line), {"__name__": "__main__"})
+        assert any(sparse_calls(handle) for handle in handles), "attention was never sparse"
 
 
 if __name__ == "__main__":
+    # Not above, where `docs_program` is only asked for `execute`.
+    from docs_stand_ins import sparse_calls, stand_in
+
     main()

@@ -23,19 +23,21 @@ from docs_pages import (
     PAGES,
     ROOT,
     Block,
+    anchors_of,
     blocks_of,
     commands_of,
+    links_of,
     options_in,
     spans_of,
     tables_of,
     text_of,
 )
 from docs_program import execute
-from docs_stand_ins import MODELS, build, stand_in
+from docs_stand_ins import MODELS, SIZES, build, sparse_calls, stand_in
 from family_cases import clip, picture
-from finetune_cases import write_videos
 
 import sla_video
+from finetune_cases import write_videos
 from sla_video.pipelines.families.registry import supported_transformers
 
 # Names that a page uses without saying where they come from.
@@ -77,35 +79,45 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def launch(block: Block, folder: Path) -> None:
-    """Run a program of a page in several processes."""
-    file = folder / "program.py"
-    file.write_text(block.text)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = [sys.executable, str(ROOT / "tests" / "docs_program.py")]
+def launch(blocks: list[Block], folder: Path) -> None:
+    """Run the programs of a page one after the other, in the same few processes."""
+    programs = []
+    for block in blocks:
+        (file := folder / block.title).write_text(block.text)
+        programs += [str(file), str(block.line), block.page, str(free_port())]
+    shared = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
-            [*words, str(file), str(block.line), block.page],
+            [sys.executable, str(ROOT / "tests" / "docs_program.py"), *programs],
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank),
-                 "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            env={
+                **os.environ,
+                **shared,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "PYTHONPATH": path,
+            },
         )
         for rank in range(PROCESSES)
-    ]  # fmt: skip
+    ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        said = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     codes = [process.returncode for process in processes]
     assert codes == [0] * PROCESSES, "\n".join(said)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
@@ -114,14 +126,7 @@ def test_every_block_runs(
 ) -> None:
     stand_in(monkeypatch)
     programs = {b.title: b for b in blocks_of(page) if "init_process_group" in b.text}
-    started = set()
-
-    def start(name: str) -> None:
-        assert name in programs, f"{page} has no program {name}"
-        started.add(name)
-        launch(programs[name], files)
-
-    commands = Commands(models, start, monkeypatch)
+    commands = Commands(models, programs, monkeypatch)
     names: dict[str, Any] = {**GIVEN.get(page, {}), "__name__": "docs"}
     for block in blocks_of(page):
         try:
@@ -134,7 +139,9 @@ def test_every_block_runs(
                 assert block.language in ("python", "text"), f"{block.language!r} is not run"
         except Exception as error:
             raise AssertionError(f"{block.place}: {type(error).__name__}: {error}") from error
-    assert started == programs.keys(), "a program that no command starts"
+    assert commands.started == programs.keys(), "a program that no command starts"
+    if programs:
+        launch(list(programs.values()), files)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -147,3 +154,42 @@ def test_commands_and_options_in_the_prose_exist(page: str) -> None:
             parse([word for word in words if word not in ("|", "--help")])
         elif span.startswith("--"):
             assert set(options_in(span)) <= known, f"{page}: `{span}`"
+
+
+MODEL_ROWS = [
+    (kind.strip("` "), row[1].strip("`"))
+    for row in tables_of("docs/quickstart.md")
+    if row[1].strip("`") in MODELS
+    for kind in row[0].split(",")
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), MODEL_ROWS, ids=[kind for kind, _ in MODEL_ROWS])
+def test_models_in_the_table_run(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(diffusers, kind):
+        pytest.skip(f"this Diffusers has no {kind}")
+    handles = stand_in(monkeypatch)
+    pipe = getattr(diffusers, kind).from_pretrained(name)
+    sla_video.enable_sla(pipe, sparsity=0.9)
+    call = {"prompt": "a cat surfing", **pipe.stands_in.call, "output_type": "latent"}
+    pipe(**{name: value for name, value in call.items() if name not in SIZES and value is not None})
+    assert sparse_calls(handles[0]) > 0
+
+
+def test_the_quick_start_names_all_supported_models() -> None:
+    text = text_of("docs/quickstart.md")
+    used = {type(build(name).transformer).__name__ for name in MODELS if name in text}
+    missing = [name for name in supported_transformers() if name not in used and name not in text]
+    assert not missing
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        folder = (ROOT / page).parent
+        headings = {}
+        for target, anchor in links_of(page):
+            file = (folder / target).resolve() if target else (ROOT / page).resolve()
+            assert file.exists(), f"{page}: {target}"
+            if anchor:
+                headings.setdefault(file, anchors_of(file.read_text(encoding="utf-8")))
+                assert anchor in headings[file], f"{page}: {target}#{anchor}"
