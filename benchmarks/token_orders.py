@@ -1,9 +1,10 @@
 """What the order of the tokens is worth on the embedded model, without training.
 
-For each order: the error of the velocity and of attention and the exact recall at some sparsities,
-on noised held-out clips; and the share of the key blocks that hold 95% of the softmax mass of a
-query block, when the blocks with most mass are taken first ("oracle") and when those with the best
-pooled scores are ("pooled"), as a router without training does. Reproduce:
+On noised held-out clips, for each order: the share of the key blocks that hold 95% of the softmax
+mass of a query block, when the blocks with most mass are taken first ("oracle") and when those with
+the best pooled scores are ("pooled"), as a router without training does; and at some sparsities the
+relative L1 error of attention, its recall, and the relative L2 error of the velocity. All but the
+last see the queries, keys and values of the dense model, at a few query blocks. Reproduce:
 
     python benchmarks/token_orders.py --clips 1 --sparsity 0.9 0.95
 """
@@ -19,83 +20,80 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla_video.config import SLAConfig
+from sla_video.kernels.api import sla2_attention
+from sla_video.kernels.measures import Losses, measure_losses
 from sla_video.pipelines.loading import load_pipeline
 from sla_video.pipelines.model_source import find_model
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.processor import SLAAttnProcessor
-from sla_video.pipelines.tiny_wan.fidelity import make_probe, measure_fidelity
+from sla_video.pipelines.tiny_wan.fidelity import Probe, make_probe
 
 ORDERS = (
     "raster", "tile:1,8,8", "tile:2,4,8", "tile:4,4,4", "tile:3,5,4", "tile:7,4,4", "tile:7,3,3",
     "morton", "hilbert", "axes:hwt", "axes:htw", "axes:twh", "axes:wht", "axes:wth",
 )  # fmt: skip
-MASS = 0.95
-# Query blocks looked at in each head: every eighth.
-STRIDE = 8
+# Query blocks looked at in each head.
+MEASURED = 7
 
 
-class Densities:
-    """Full attention, so that all orders see the same, which notes the densities on the way."""
+class Watch:
+    """Full attention, so that all orders see the same, which measures SLA2 beside it."""
 
-    def __init__(self, config: SLAConfig) -> None:
-        self.block_q, self.block_k = config.block_q, config.block_k
-        self.found: dict[str, list[Tensor]] = {"oracle": [], "pooled": []}
+    def __init__(self, sparsities: list[float]) -> None:
+        self.found: dict[float, list[Losses]] = {sparsity: [] for sparsity in sparsities}
 
     def __call__(
-        self, _processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
+        self, processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        for q, k in zip(query.transpose(1, 2), key.transpose(1, 2), strict=True):
-            for name, density in block_densities(q, k, self.block_q, self.block_k).items():
-                self.found[name].append(density)
+        for sparsity, losses in self.found.items():
+            output, lse = sla2_attention(query, key, value, sparsity=sparsity, return_lse=True)
+            blocks = {name: processor.operator_options[name] for name in ("block_q", "block_k")}
+            losses.append(
+                measure_losses(query, key, value, output, lse, most_blocks=MEASURED, **blocks)
+            )
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    def mean(self, name: str) -> float:
-        return float(torch.stack(self.found[name]).mean())
 
-
-def block_densities(query: Tensor, key: Tensor, block_q: int, block_k: int) -> dict[str, Tensor]:
-    """Share of the key blocks that hold `MASS`, mean over query blocks, of `[H, L, D]`: `[H]`."""
-    rows = torch.stack([part.mean(1) for part in query.split(block_q, 1)[::STRIDE]], 1)
-    smooth = key - key.mean(1, keepdim=True)
-    pooled_key = torch.stack([part.mean(1) for part in smooth.split(block_k, 1)], 1)
-    scale = query.shape[-1] ** -0.5
-    # [H, M, N]
-    scores = rows @ pooled_key.transpose(1, 2) * scale
-    masses = []
-    for part in query.split(block_q, 1)[::STRIDE]:
-        weights = torch.softmax(part @ smooth.transpose(1, 2) * scale, -1).mean(1)
-        masses.append(torch.stack([run.sum(-1) for run in weights.split(block_k, -1)], -1))
-    mass = torch.stack(masses, 1)
-    found = {}
-    for name, by in (("oracle", mass), ("pooled", scores)):
-        kept = mass.gather(-1, by.argsort(-1, descending=True)).cumsum(-1)
-        found[name] = ((kept < MASS).sum(-1) + 1).float().mean(-1) / mass.shape[-1]
-    return found
-
-
-def measure(pipe: Any, probe: Any, order: str, sparsities: list[float]) -> list[str]:
+def measure(pipe: Any, probe: Probe, order: str, sparsities: list[float]) -> list[str]:
     """A row of the table."""
-    row = [order]
-    config = SLAConfig(token_order=order)
-    with enable_sla(pipe, config=config) as handle, torch.no_grad():
-        densities = Densities(config)
+    watch = Watch(sparsities)
+    with enable_sla(pipe, token_order=order) as handle, torch.no_grad():
         for processor in handle.processors.values():
-            processor.attention = densities
-        pipe.transformer(probe.noisy, probe.timestep, probe.text, return_dict=False)
-    row += [f"{densities.mean(name):.3f}" for name in ("oracle", "pooled")]
-    for sparsity in sparsities:
-        with enable_sla(pipe, config=config, sparsity=sparsity) as handle:
-            found = measure_fidelity(pipe, handle, probe)
-        row += [f"{found[k]:.3f}" for k in ("velocity_error", "attention_rel_l1", "recall")]
+            processor.attention = watch
+        run(pipe, probe)
+    row = [order]
+    for index, (sparsity, losses) in enumerate(watch.found.items()):
+        if index == 0:
+            for name in ("oracle_density", "router_density"):
+                row.append(f"{mean([getattr(each, name) for each in losses]):.3f}")
+        with enable_sla(pipe, sparsity=sparsity, token_order=order):
+            velocity = run(pipe, probe)
+        wrong = (velocity - probe.velocity).norm() / probe.velocity.norm()
+        rel_l1 = [each.error.sum() / each.magnitude.sum() for each in losses]
+        recall = mean([each.recall for each in losses])
+        row += [f"{float(wrong):.3f}", f"{mean(rel_l1):.3f}", f"{recall:.3f}"]
     return row
+
+
+@torch.no_grad()
+def run(pipe: Any, probe: Probe) -> Tensor:
+    """The velocity, clip by clip."""
+    parts = (part.split(1) for part in (probe.noisy, probe.timestep, probe.text))
+    return torch.cat(
+        [pipe.transformer(*inputs, return_dict=False)[0] for inputs in zip(*parts, strict=True)]
+    )
+
+
+def mean(values: list[Tensor]) -> float:
+    """Of all elements, with the same weight for each layer."""
+    return float(torch.stack([value.mean() for value in values]).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=1, help="held-out clips, at four noise levels")
-    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.9, 0.95])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95])
     parser.add_argument("--orders", nargs="+", default=ORDERS)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
