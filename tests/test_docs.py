@@ -9,7 +9,6 @@ is for what a program prints.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,43 +80,16 @@ def one_thread():
 
 def launch(blocks: list[Block], folder: Path) -> None:
     """Run the programs of a page one after the other, in the same few processes."""
-    programs = []
+    words = [sys.executable, str(ROOT / "tests" / "docs_program.py"), str(PROCESSES)]
     for block in blocks:
         (file := folder / block.title).write_text(block.text)
-        programs += [str(file), str(block.line), block.page, str(free_port())]
-    shared = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        words += [str(file), str(block.line), block.page]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "docs_program.py"), *programs],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                **shared,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "PYTHONPATH": path,
-            },
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * PROCESSES, "\n".join(said)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
