@@ -35,6 +35,8 @@ class EarlierVideos:
         except (OSError, ValueError, KeyError, TypeError):  # not written by us, or not whole
             return False
         names = (set(settings) | set(self._settings)) - _OF_NO_EFFECT
+        if not self._settings.get("record"):  # a recording that nobody asks for does no harm
+            names.discard("record")
         unequal = [n for n in names if settings.get(n) != self._settings.get(n)]
         # Asked last: it loads PyTorch.
         return same and not unequal and settings.get("dtype") == self._dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from sla_video.pipelines.router_set import RouterSet
 
 logger = logging.getLogger("sla_video")
+# Query blocks measured of each call by `record`, evenly spread: a few per cent of a long video.
+_RECORDED_BLOCKS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +167,8 @@ def _check_family(source: ModelSource) -> None:
     found, supported = source.transformer_config.get("_class_name"), supported_transformers()
     if found is not None and found not in supported:
         raise InputError(
-            f"{source.name} holds a {found}; SLA attention supports {', '.join(supported)}: "
-            "--dense generates without it"
+            f"{source.name} holds a {found}, which SLA attention does not support: use --dense, "
+            f"or a model with {', '.join(supported)}"
         )
 
 
@@ -213,15 +215,16 @@ def _make_video(
     if loaded.handle is not None:
         loaded.handle.reset_stats()
     try:
-        frames = run_pipeline(
-            loaded.pipe,
-            plan,
-            video,
-            device=loaded.device,
-            progress=progress,
-            count=count,
-            seconds=seconds,
-        )
+        with _recording(request, loaded.handle):
+            frames = run_pipeline(
+                loaded.pipe,
+                plan,
+                video,
+                device=loaded.device,
+                progress=progress,
+                count=count,
+                seconds=seconds,
+            )
     except Exception as error:
         if is_out_of_memory(error):
             raise InputError(_memory_advice(request, plan, loaded)) from error
@@ -241,8 +244,16 @@ def _make_video(
             seconds=seconds,
         )
 
-    write_video(video.path, frames, plan.fps, sidecar)
+    save = loaded.handle.recorded().save if loaded.handle and request.record else None
+    write_video(video.path, frames, plan.fps, sidecar, save)
     return _describe(video, seconds)
+
+
+def _recording(request: GenerationRequest, handle: SLAHandle | None) -> Any:
+    """The context in which `handle` records what attention loses, if that was asked for."""
+    if handle is None or not request.record:
+        return nullcontext()
+    return handle.recording(per_step=True, most_blocks=_RECORDED_BLOCKS)
 
 
 def _describe(video: VideoPlan, seconds: dict[str, float]) -> GeneratedVideo:

@@ -12,6 +12,7 @@ from sla_video.pipelines.generation_plan import (
     settings_of,
 )
 from sla_video.pipelines.generation_request import GenerationRequest
+from sla_video.pipelines.video_files import recording_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ def describe_video(
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "device_name": device_name(device),
         "versions": versions(),
+        **({"recording": recording_of(video.path).name} if request.record else {}),
     }
 
 

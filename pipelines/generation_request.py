@@ -51,6 +51,8 @@ class GenerationRequest:
         overwrite: replace a file that exists.
         resume: keep videos that an earlier run with the same prompts, seed and settings has
             finished, and make the rest.
+        record: also measure, against full attention, what each layer loses in each step, and write
+            it beside the video.
 
     Raises:
         InputError: a setting out of range, or two that contradict each other.
@@ -82,6 +84,7 @@ class GenerationRequest:
     out: Path | None = None
     overwrite: bool = False
     resume: bool = False
+    record: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -91,6 +94,8 @@ class GenerationRequest:
         given = [n for n in ("routers", "sparsity", "dense_steps") if getattr(self, n) is not None]
         if self.dense and given:
             raise InputError(f"`dense` is full attention and takes no `{given[0]}`: leave one out")
+        if self.dense and self.record:
+            raise InputError("`dense` loses nothing that `record` could show: leave one out")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         _check_whole("steps", self.steps, 1, _MAX_STEPS)

@@ -14,6 +14,7 @@ from torch import nn
 from sla_video.config import SLAConfig
 from sla_video.kernels.router import Router
 from sla_video.pipelines.first_steps import FirstStepsDense
+from sla_video.pipelines.layer_recorder import averaging_recall, logging_calls
 from sla_video.pipelines.lora import (
     LoraAdapter,
     detach_lora,
@@ -24,6 +25,7 @@ from sla_video.pipelines.lora import (
 )
 from sla_video.pipelines.lora_guard import LoraGuard
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
+from sla_video.pipelines.recording import Recording, read_logs
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.stats import SLAStats
 
@@ -197,21 +199,51 @@ class SLAHandle:
             processor.recorder.reset()
 
     @contextmanager
-    def recording(self, *, exact_recall: bool = False) -> Iterator[SLAHandle]:
-        """Within the block, record the recall as the routers estimate it.
+    def recording(
+        self,
+        *,
+        exact_recall: bool = False,
+        per_step: bool = False,
+        coverage: float = 0.95,
+        most_blocks: int | None = None,
+    ) -> Iterator[SLAHandle]:
+        """Within the block, record the recall as the routers estimate it. No output changes by it.
 
         Args:
             exact_recall: also the true recall, at the price of full attention scores.
+            per_step: also recall, error and density for `recorded`, at the price of full
+                attention in float32.
+            coverage: softmax mass that the densities have to reach, in (0, 1].
+            most_blocks: with `per_step`, measure this many query blocks, evenly spread; None: all.
         """
-        recorders = [processor.recorder for processor in self.processors.values()]
-        before = [(recorder.router_recall, recorder.recall) for recorder in recorders]
-        for recorder in recorders:
-            recorder.router_recall, recorder.recall = True, exact_recall
-        try:
+        recorders = {name: processor.recorder for name, processor in self.processors.items()}
+        with ExitStack() as stack:
+            if per_step:
+                stack.enter_context(
+                    logging_calls(
+                        recorders,
+                        self._transformers.values(),
+                        coverage=coverage,
+                        most_blocks=most_blocks,
+                    )
+                )
+            stack.enter_context(averaging_recall(recorders.values(), exact=exact_recall))
             yield self
-        finally:
-            for recorder, (router_recall, recall) in zip(recorders, before, strict=True):
-                recorder.router_recall, recorder.recall = router_recall, recall
+
+    def recorded(self) -> Recording:
+        """What the last recording with `per_step` holds. Waits for the device.
+
+        Raises:
+            ValueError: nothing has been recorded.
+        """
+        logs = {name: processor.recorder.log for name, processor in self.processors.items()}
+        found = {name: log for name, log in logs.items() if log is not None}
+        if not any(log.calls for log in found.values()):
+            raise ValueError(
+                "nothing has been recorded: run the pipeline within "
+                "`with handle.recording(per_step=True):`"
+            )
+        return read_logs(found)
 
     @contextmanager
     def dense(self) -> Iterator[SLAHandle]:

@@ -138,6 +138,9 @@ def _from_pretrained(folder: Path, name: str, dtype: torch.dtype) -> Any:
         if isinstance(component, torch.nn.Module):
             missing = [key for key, value in component.state_dict().items() if value.is_meta]
             _check_complete(folder / name, missing)
+    if spatial := pipe.vae.config.get("scale_factor_spatial"):
+        # Video to video and VACE count the VAE's levels instead, which is wrong where it patches.
+        pipe.vae_scale_factor_spatial = spatial
     return pipe
 
 

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from sla_video.config import SLAConfig
-from sla_video.kernels.api import exact_recall, num_selected, sla2_attention
+from sla_video.kernels.api import num_selected, sla2_attention
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.layer_recorder import LayerRecorder
 from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.parallel import Ulysses
-from sla_video.pipelines.stats import LayerRecorder, router_estimate
+from sla_video.pipelines.stats import router_estimate
 
 logger = logging.getLogger("sla_video")
 
@@ -241,7 +242,6 @@ class SLAAttnProcessor(nn.Module):
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
         observe = not torch.compiler.is_compiling()
-        recall = observe and self.recorder.recall
         if observe:
             self._observe(query, key)
         result = sla2_attention(
@@ -249,15 +249,16 @@ class SLAAttnProcessor(nn.Module):
             key,
             value,
             self.local_router,
-            return_lse=recall,
+            return_lse=observe and self.recorder.needs_lse,
             **context,
             **self.operator_options,
         )
         if not isinstance(result, tuple):
             return result
         output, lse = result
-        with torch.no_grad():
-            self.recorder.add("recall", exact_recall(query, key, lse))
+        self.recorder.observe_output(
+            query, key, value, output, lse, self.local_router, **context, **self._options
+        )
         return output
 
     @torch.no_grad()

@@ -1,10 +1,7 @@
-"""What happened in the attention of each layer, counted without waiting for the device."""
+"""What happened in the attention of each layer, as numbers to read."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +17,6 @@ from sla_video.kernels.routing import (
     router_scores,
 )
 
-# Finished timers are folded into the sum once this many are waiting.
-_MAX_PENDING = 256
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStats:
@@ -37,6 +31,10 @@ class LayerStats:
         router_recall: mean softmax mass of the selected blocks by the router's own estimate; None
             unless it was recorded.
         recall: mean softmax mass of the selected tokens, exact; None unless it was recorded.
+        relative_l1: mean over calls of |SLA2 - full attention| / |full attention|, in L1 and over
+            all heads; None unless recorded per step, as the next two.
+        oracle_density: smallest share of the key blocks that holds the mass asked for (95%).
+        router_density: the share that holds it in the order of the router.
         seconds: total time of its self-attention with its projections. Device time on CUDA, time
             on the host elsewhere.
     """
@@ -47,87 +45,10 @@ class LayerStats:
     sparsity: float | None
     router_recall: float | None
     recall: float | None
+    relative_l1: float | None = None
+    oracle_density: float | None = None
+    router_density: float | None = None
     seconds: float
-
-
-class LayerRecorder:
-    """Collects the numbers of one layer.
-
-    Nothing here waits for the device: tensors stay where they are until `read`.
-    """
-
-    def __init__(self) -> None:
-        self.router_recall = False
-        self.recall = False
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything that was collected."""
-        self.calls = 0
-        self.dense_calls = 0
-        self._seconds = 0.0
-        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._sums: dict[str, torch.Tensor | float] = {}
-        self._counts: dict[str, int] = {}
-
-    @contextmanager
-    def call(self, device: torch.device, *, dense: bool) -> Iterator[None]:
-        """Count and time one call of the layer."""
-        self.calls += 1
-        self.dense_calls += dense
-        if dense:
-            self.add("sparsity", 0.0)
-        if device.type != "cuda":
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        yield
-        end.record()
-        self._pending.append((begin, end))
-        if len(self._pending) > _MAX_PENDING:
-            self._fold(wait=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Device timers can be neither copied nor saved with the model that holds this.
-        return {**vars(self), "_pending": []}
-
-    def add(self, name: str, value: torch.Tensor | float) -> None:
-        """Add one observation; of a tensor, its mean."""
-        if isinstance(value, torch.Tensor):
-            value = value.detach().float().mean()
-        self._sums[name] = self._sums.get(name, 0.0) + value
-        self._counts[name] = self._counts.get(name, 0) + 1
-
-    def read(self, name: str) -> LayerStats:
-        """The averages so far. Waits for the device."""
-        self._fold(wait=True)
-        return LayerStats(
-            name=name,
-            calls=self.calls,
-            dense_calls=self.dense_calls,
-            sparsity=self._mean("sparsity"),
-            router_recall=self._mean("router_recall"),
-            recall=self._mean("recall"),
-            seconds=self._seconds,
-        )
-
-    def _mean(self, name: str) -> float | None:
-        count = self._counts.get(name, 0)
-        return float(self._sums[name]) / count if count else None
-
-    def _fold(self, *, wait: bool) -> None:
-        waiting = []
-        for begin, end in self._pending:
-            if wait:
-                end.synchronize()
-            if end.query():
-                self._seconds += begin.elapsed_time(end) / 1000
-            else:
-                waiting.append((begin, end))
-        self._pending = waiting
 
 
 @dataclass(frozen=True, kw_only=True)

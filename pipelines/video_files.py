@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,11 @@ def sidecar_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def recording_of(path: Path) -> Path:
+    """The file with what attention lost in each step of a video."""
+    return path.with_suffix(".recording.safetensors")
+
+
 class OutputFolder:
     """A folder that is known to be writable before hours are spent on what goes into it.
 
@@ -164,10 +169,11 @@ def write_video(
     frames: np.ndarray[Any, Any],
     fps: float,
     sidecar: Callable[[], Mapping[str, Any]],
+    save_recording: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write an H.264 MP4 and its JSON sidecar: both, or neither.
+    """Write an H.264 MP4 and what belongs to it: all, or nothing.
 
-    Both are written under temporary names in the same folder and then renamed. An interruption
+    All are written under temporary names in the same folder and then renamed. An interruption
     at any point leaves no file that looks finished and is not.
 
     Args:
@@ -175,37 +181,72 @@ def write_video(
         frames: `[F, H, W, 3]` uint8, H and W even.
         fps: frames a second.
         sidecar: called once the video is encoded; returns what the JSON file holds.
+        save_recording: writes the recording to the path that it is given. Without one, that of a
+            video which is replaced is removed.
 
     Raises:
         InputError: the folder cannot be written to, for instance because the disk is full.
     """
-    video_part, json_part = None, None
+    video_part, json_part, recording_part = None, None, None
     try:
         video_part = _temporary(path, _SUFFIX)
         _encode(video_part, frames, fps)
         json_part = _temporary(path, ".json")
         json_part.write_text(json.dumps(sidecar(), indent=2) + "\n", encoding="utf-8")
+        if save_recording is not None:
+            recording_part = _temporary(path, ".safetensors")
+            save_recording(recording_part)
+            _set_plain_permissions(recording_part)  # safetensors makes the file anew
+            os.replace(recording_part, recording_of(path))
         os.replace(json_part, sidecar_of(path))
         os.replace(video_part, path)
+        if save_recording is None:
+            recording_of(path).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {one_line(error)}; give another --out") from error
     finally:
-        for part in (video_part, json_part):
+        for part in (video_part, json_part, recording_part):
             if part is not None:
                 part.unlink(missing_ok=True)
+
+
+def write_clip(path: Path, frames: Iterable[np.ndarray[Any, Any]], fps: float) -> None:
+    """Write an H.264 MP4 alone, from frames as they come: the whole of it, or nothing.
+
+    Args:
+        path: an existing file is replaced.
+        frames: `[H, W, 3]` uint8 each.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    part = None
+    try:
+        part = _temporary(path, _SUFFIX)
+        _encode(part, frames, fps)
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {one_line(error)}; give another --out") from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def _temporary(path: Path, suffix: str) -> Path:
     """A new hidden file beside `path`, with the permissions that a plain `open` would give it."""
     handle, name = tempfile.mkstemp(suffix=suffix, prefix=f".{path.stem}.part-", dir=path.parent)
     os.close(handle)
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(name, 0o666 & ~mask)
+    _set_plain_permissions(name)
     return Path(name)
 
 
-def _encode(path: Path, frames: np.ndarray[Any, Any], fps: float) -> None:
+def _set_plain_permissions(path: str | Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+def _encode(path: Path, frames: Iterable[np.ndarray[Any, Any]], fps: float) -> None:
     import imageio.v2 as imageio
 
     writer = imageio.get_writer(

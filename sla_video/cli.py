@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sla_video import __version__, cli_finetune
+from sla_video import __version__, cli_finetune, cli_report
 from sla_video.cli_calibrate import calibrate
 from sla_video.cli_generate import generate
 from sla_video.cli_options import Device, Dtype
@@ -63,6 +63,7 @@ def root(
 app.command()(generate)
 app.command()(calibrate)
 cli_finetune.register(app)
+cli_report.register(app)
 
 
 @app.command()

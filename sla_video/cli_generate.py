@@ -19,6 +19,7 @@ from sla_video.cli_options import (
     Model,
     Offload,
     Prompts,
+    Record,
     Width,
 )
 from sla_video.console import print_videos
@@ -116,6 +117,7 @@ def generate(
         bool,
         typer.Option("--resume", help="Keep what an earlier run with this --seed has finished."),
     ] = False,
+    record: Record = False,
 ) -> None:
     """Generate videos from prompts, and from pictures or videos where the model takes them.
 
@@ -164,6 +166,7 @@ def generate(
             out=out,
             overwrite=overwrite,
             resume=resume,
+            record=record,
         )
         with TerminalProgress(team.rank == 0) as progress:
             print_videos(generate_videos(request, progress=progress, team=team), team)

@@ -29,6 +29,13 @@ Offload = Annotated[
     bool,
     typer.Option("--offload", help="Keep idle parts of the model in host memory (slower)."),
 ]
+Record = Annotated[
+    bool,
+    typer.Option(
+        "--record",
+        help="Measure what attention loses in each step, for `sla-video report` (slower).",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:N or mps.  [default: a GPU if there is one]")
 ]

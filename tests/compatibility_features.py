@@ -129,9 +129,7 @@ def taylorseer_lite(pipe: Any) -> None:
 
 def mag_cache(pipe: Any) -> None:
     pipe.transformer.enable_cache(
-        MagCacheConfig(
-            threshold=0.5, num_inference_steps=5, mag_ratios=[1.0, 1.01, 1.02, 0.99, 1.0]
-        )
+        MagCacheConfig(threshold=0.5, num_inference_steps=4, mag_ratios=[1.0, 1.01, 1.02, 0.99])
     )
 
 

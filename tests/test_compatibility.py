@@ -31,7 +31,7 @@ features = pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feat
 
 
 def generate(pipe, feature: Feature | None = None) -> torch.Tensor:
-    call = {**TINY_CALL, "num_inference_steps": 5, "output_type": "latent"}
+    call = {**TINY_CALL, "num_inference_steps": 4, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
     return pipe(**{**call, **(feature.call if feature else {})}, generator=generator).frames
 

@@ -29,18 +29,20 @@ ALLOWED = {
         "cli_finetune",
         "cli_generate",
         "cli_options",
+        "cli_report",
         "__version__",
     },
     "cli_calibrate": {"pipelines", "calibration", "cli_options"},
     "cli_finetune": {"calibration"},
     "cli_generate": {"pipelines", "console", "cli_options"},
     "cli_options": set(),
+    "cli_report": {"pipelines"},
     "__init__": {"kernels", "pipelines", "config"},
 }
 FORBIDDEN_IN_KERNELS = {"diffusers", "transformers", "accelerate", "huggingface_hub", "typer"}
 OWN_NAMES = {
     *PARTS, "config", "console", "cli", "cli_calibrate", "cli_finetune", "cli_generate",
-    "cli_options", "assets", "__version__",
+    "cli_options", "cli_report", "assets", "__version__",
 }  # fmt: skip
 
 

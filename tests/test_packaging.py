@@ -109,7 +109,7 @@ def test_metadata(built: dict[str, Path]) -> None:
         entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
     assert metadata["Version"] == sla_video.__version__
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"test", "train", "bench"}
+    assert set(metadata.get_all("Provides-Extra")) == {"test", "train", "bench", "report"}
     assert "sla-video = sla_video.cli:main" in entry_points
 
 
