@@ -11,12 +11,16 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+# Seconds; far more than they take, and less than the test waits.
+LONGEST = 200
+# (file, line, page, port)
 Program = tuple[str, int, str, int]
 
 
@@ -31,7 +35,7 @@ def execute(text: str, page: str, line: int, names: dict[str, Any]) -> None:
 
 
 def work(rank: int, programs: list[Program]) -> None:
-    """Run `programs`, which are (file, line, page, port), as the process `rank`."""
+    """Run `programs` as the process `rank`."""
     from docs_stand_ins import sparse_calls, stand_in
 
     torch.set_num_threads(1)
@@ -61,9 +65,15 @@ def main() -> int:
     workers = [context.Process(target=work, args=(rank, programs)) for rank in range(int(count))]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
-    return max(abs(worker.exitcode or 0) for worker in workers)
+    deadline = time.monotonic() + LONGEST
+    # One that fails leaves the others waiting.
+    while any(worker.exitcode is None for worker in workers):
+        failed = any(worker.exitcode for worker in workers)
+        if failed or time.monotonic() > deadline:
+            for worker in workers:
+                worker.kill()
+        time.sleep(0.05)
+    return int(any(worker.exitcode for worker in workers))
 
 
 def free_port() -> int:
