@@ -163,7 +163,9 @@ def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     group: Any = typer.main.get_command(app)
     # Only parsed: the callback of the group is not called.
     context = group.make_context("sla-video", list(arguments))
-    rest = [*context._protected_args, *context.args]
+    # The name of the command; public in older releases of Click.
+    first = getattr(context, "_protected_args", None) or getattr(context, "protected_args", [])
+    rest = [*first, *context.args]
     if not rest:
         return None, {}
     name, command, rest = group.resolve_command(context, rest)
