@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from docs_commands import Commands, options_of, parse
+from docs_commands import Commands, names_of_commands, options_of, parse
 from docs_pages import (
     PAGES,
     ROOT,
@@ -48,7 +48,6 @@ GIVEN = {
         for seed, name in enumerate(("query", "key", "value"))
     }
 }
-COMMANDS = ("", "generate", "calibrate", "finetune", "bench", "info")
 # Where programs of ours are that are not commands of `sla-video`.
 SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("pipelines/tiny_wan/*.py")]
 PROCESSES = 2
@@ -125,7 +124,7 @@ def test_every_block_runs(
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_options_in_the_prose_exist(page: str) -> None:
-    known = {"--help"} | {flag for name in COMMANDS for flag in options_of(name)}
+    known = {"--help"} | {flag for name in names_of_commands() for flag in options_of(name)}
     known |= {flag for path in SCRIPTS for flag in options_in(path.read_text(encoding="utf-8"))}
     for span in spans_of(page):
         if span.startswith("sla-video "):
