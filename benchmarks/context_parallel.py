@@ -16,17 +16,24 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig, WanTransformer3DModel
-from torch import Tensor, nn
+from diffusers import ContextParallelConfig
+from end_to_end_models import (
+    MODELS,
+    build,
+    compiled_blocks,
+    forward_inputs,
+    only_first_blocks,
+    tiny,
+)
+from torch import Tensor
 
 from sla_video.pipelines.environment import device_name, versions
 from sla_video.pipelines.json_file import JsonFile
@@ -37,73 +44,21 @@ from sla_video.pipelines.patching import enable_sla
 TOLERANCE = 0.03
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A transformer, and the latents (frames, height, width) of its clip."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    ffn_dim: int
-    text_dim: int
-    grid: tuple[int, int, int]
-
-    @property
-    def length(self) -> int:
-        """L: patches are 1 x 2 x 2 latents."""
-        return self.grid[0] * (self.grid[1] // 2) * (self.grid[2] // 2)
-
-
-SHAPES = {
-    "1.3B": Shape(30, 12, 128, 8960, 4096, (21, 60, 104)),  # 81 frames of 480 x 832
-    "14B": Shape(40, 40, 128, 13824, 4096, (21, 90, 160)),  # 81 frames of 720 x 1280
-    "tiny": Shape(3, 4, 32, 64, 32, (3, 16, 16)),
-}
-
-
-def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
-    """Made where it runs, the same on all ranks, in the dtypes that `from_pretrained` gives."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with device:
-        transformer = WanTransformer3DModel(
-            num_attention_heads=shape.heads,
-            attention_head_dim=shape.head_dim,
-            num_layers=shape.layers,
-            ffn_dim=shape.ffn_dim,
-            text_dim=shape.text_dim,
-        ).eval()
-    torch.set_default_dtype(torch.float32)
-    kept = set(transformer._keep_in_fp32_modules)
-    for name, parameter in transformer.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
-    return transformer.requires_grad_(False)
-
-
 class Bench:
     """The rows of one model on the GPUs of this launch."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.shape = args, SHAPES[args.model]
+        self.args = args
+        self.model = tiny(MODELS[args.model]) if args.tiny else MODELS[args.model]
         self.on_gpu = torch.cuda.is_available()
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else "cpu"
         self.device = torch.device(self.device)
-        dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.transformer = build(self.shape, self.device, dtype)
-        generator = torch.Generator(self.device).manual_seed(1)
-        text = (1, 512, self.shape.text_dim)
-        self.inputs: dict[str, Any] = {
-            "hidden_states": self._noise((1, 16, *self.shape.grid), generator, dtype),
-            "timestep": torch.tensor([700.0], device=self.device),
-            "encoder_hidden_states": self._noise(text, generator, dtype),
-            "return_dict": False,
-        }
+        # The same weights and inputs on all ranks.
+        torch.manual_seed(0)
+        self.transformer = build(self.model, self.device)
+        self.inputs = forward_inputs(self.model, self.device)
         self.rows: list[dict[str, Any]] = []
-
-    def _noise(self, size: Any, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return torch.randn(size, generator=generator, device=self.device).to(dtype)
 
     def run(self) -> None:
         """Alone first: Diffusers cannot take parallelism back."""
@@ -133,10 +88,11 @@ class Bench:
                 sparse_dtype=self.args.sparse_dtype if self.on_gpu else "bf16",
             )
         with patch:
-            with self._two_blocks():
+            with only_first_blocks(self.transformer, 2):
                 # The hook that cuts the tokens wants to run once before it is compiled.
                 first = self._forward()
-            with self._compiled():
+            compiled = compiled_blocks(self.transformer) if self.args.compile else nullcontext()
+            with compiled:
                 self._forward()
                 if self.on_gpu:
                     torch.cuda.reset_peak_memory_stats()
@@ -147,7 +103,7 @@ class Bench:
             "attention": name,
             "sparsity": self.args.sparsity if name == "sla2" else None,
             "gpus": gpus,
-            "length": self.shape.length,
+            "length": self.model.length,
             "compiled": self.args.compile,
             "milliseconds": milliseconds,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
@@ -179,38 +135,16 @@ class Bench:
         """Milliseconds of the all-to-all of all layers, with nothing between."""
         ulysses = Ulysses.of(self.transformer._parallel_config)
         assert ulysses is not None
-        size = (1, self.shape.length // self.ranks, self.shape.heads, self.shape.head_dim)
+        size = (1, self.model.length // self.ranks, self.model.heads, self.model.head_dim)
         dtype = self.inputs["hidden_states"].dtype
         qkv = [torch.randn(size, device=self.device, dtype=dtype) for _ in range(3)]
 
         def layers() -> None:
-            for _ in range(self.shape.layers):
+            for _ in range(self.model.layers):
                 ulysses.attend(lambda query, key, value: query, *qkv)
 
         layers()
         return self._time(layers)
-
-    @contextmanager
-    def _two_blocks(self) -> Iterator[None]:
-        blocks = self.transformer.blocks
-        self.transformer.blocks = nn.ModuleList(list(blocks)[:2])
-        try:
-            yield
-        finally:
-            self.transformer.blocks = blocks
-
-    @contextmanager
-    def _compiled(self) -> Iterator[None]:
-        if not self.args.compile:
-            yield
-            return
-        torch._dynamo.reset()
-        self.transformer.compile_repeated_blocks(fullgraph=True)
-        try:
-            yield
-        finally:
-            for block in self.transformer.blocks:
-                block._compiled_call_impl = None
 
     def _wait(self) -> None:
         if self.on_gpu:
@@ -233,7 +167,7 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=("1.3B", "14B"), default="1.3B")
+    parser.add_argument("--model", choices=list(MODELS), default="1.3B")
     parser.add_argument("--sparsity", type=float, default=0.97)
     parser.add_argument("--sparse-dtype", default="int8_fp8")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
@@ -242,7 +176,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a dry run of the smallest sizes")
     args = parser.parse_args()
     if args.tiny:
-        args.model, args.repeats, args.sparsity = "tiny", 2, 0.5
+        args.repeats, args.sparsity = 2, 0.5
     elif not torch.cuda.is_available():
         parser.error("there is no GPU here; --tiny is a dry run without one")
     file = JsonFile(args.json)

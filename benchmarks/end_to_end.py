@@ -33,6 +33,7 @@ from end_to_end_models import (
     Model,
     block_arguments,
     build,
+    compiled_blocks,
     forward_inputs,
     only_first_blocks,
     quantize_linears,
@@ -126,7 +127,9 @@ class Bench:
         }
         self.progress.stage(f"{self.name} {variant.name} {mode} {linear}")
         try:
-            with self._attention(variant), self._compiled(mode):
+            compiled = mode == "compiled"
+            blocks = compiled_blocks(self.transformer) if compiled else nullcontext()
+            with self._attention(variant), blocks:
                 row |= self._time_forward()
                 if self.args.profile and self._on_gpu:
                     row["parts"], row["kernels"] = self._profile_block()
@@ -201,19 +204,6 @@ class Bench:
     @property
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-    @contextmanager
-    def _compiled(self, mode: str) -> Iterator[None]:
-        if mode == "eager":
-            yield
-            return
-        torch._dynamo.reset()
-        self.transformer.compile_repeated_blocks(fullgraph=True)
-        try:
-            yield
-        finally:
-            for block in self.transformer.blocks:
-                block._compiled_call_impl = None
 
     def _wait(self) -> None:
         if self._on_gpu:

@@ -81,7 +81,7 @@ MODELS = {
 def tiny(model: Model) -> Model:
     """The same kind of model for a dry run on a CPU."""
     return replace(
-        model, layers=3, heads=2, head_dim=32, ffn_dim=64, text_dim=32, frames=9,
+        model, layers=3, heads=4, head_dim=32, ffn_dim=64, text_dim=32, frames=9,
         height=16 * model.spatial, width=16 * model.spatial,
     )  # fmt: skip
 
@@ -148,6 +148,18 @@ def quantize_linears(transformer: nn.Module, granularity: str) -> None:
     )
     for block in transformer.blocks:
         quantize_(block, config)
+
+
+@contextmanager
+def compiled_blocks(transformer: nn.Module) -> Iterator[None]:
+    """Blocks compiled anew within, and not compiled after."""
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(fullgraph=True)
+    try:
+        yield
+    finally:
+        for block in transformer.blocks:
+            block._compiled_call_impl = None
 
 
 @contextmanager

@@ -71,8 +71,8 @@ class Table:
             for name in names:
                 try:
                     self._make(name, sparsity)
-                except Exception:
-                    # The other rows do not need this one.
+                except (RuntimeError, ValueError, OSError):
+                    # Out of memory, a loss that diverged, a full disk: other rows may still run.
                     print(f"{name} at {sparsity:g}: {traceback.format_exc()}", flush=True)
                     failed = True
         if failed:

@@ -123,15 +123,15 @@ def generate(
 ) -> None:
     """Generate videos from prompts, and from pictures or videos where the model takes them.
 
-      Writes an MP4 and beside it a JSON file with all settings, and prints the MP4's path. Under
-      torchrun or accelerate launch, each process makes its share of the videos.
+    Writes an MP4 and beside it a JSON file with all settings, and prints the MP4's path. Under
+    torchrun or accelerate launch, each process makes its share of the videos.
 
-      \b
-      Examples:
-        sla-video generate "a red circle moves left on a white background"
-        sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
-    sla-video generate "it turns around" --image cat.jpg --model Wan-AI/Wan2.2-TI2V-5B-Diffusers
-        torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
+    \b
+    Examples:
+      sla-video generate "a red circle moves left on a white background"
+      sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
+      sla-video generate "it turns" --image cat.jpg --model Wan-AI/Wan2.2-TI2V-5B-Diffusers
+      torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
     """
     from sla_video.pipelines.generation import generate as generate_videos
     from sla_video.pipelines.generation_request import GenerationRequest, read_prompts

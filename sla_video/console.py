@@ -64,6 +64,11 @@ def set_up_messages(*, verbose: bool) -> None:
         # those are reported here in one line. What the user has set stays.
         for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
             os.environ.setdefault(name, "critical")
+        # Where torchao is installed, Diffusers imports it, and it logs what it cannot use here.
+        for name in ("torchao", "torch.utils._pytree"):
+            library = logging.getLogger(name)
+            if library.level == logging.NOTSET:
+                library.setLevel(logging.ERROR)
 
 
 def print_videos(videos: Iterable[GeneratedVideo], team: Team) -> None:

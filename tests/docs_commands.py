@@ -34,6 +34,7 @@ else:
     import tomli as tomllib
 
 # What a command's options become, so that it takes a second. An option that is not there is added.
+# Commands that are not named here run as documented.
 SMALL: dict[str, dict[str, object]] = {
     "generate": {"frames": 9, "height": 64, "width": 64, "steps": 2, "device": "cpu"},
     "calibrate": {
@@ -45,7 +46,6 @@ SMALL: dict[str, dict[str, object]] = {
         **{"accumulate": 1, "validation_clips": 1},
     },
     "bench": {"length": 128, "heads": 1, "head_dim": 16, "repeats": 1, "device": "cpu"},
-    "info": {},
 }
 # Left out of the small run: it would be long, or needs a GPU.
 LEFT_OUT = {"offload", "minutes", "world_clips", "growth", "batch_size", "optimizer", "weights"}
@@ -105,7 +105,7 @@ class Commands:
 
     def _own(self, arguments: list[str]) -> None:
         name, values = parse(arguments)
-        if name is None or name == "info":
+        if name not in SMALL:
             self._succeed(arguments)
             return
         model = values.get("model")
@@ -163,11 +163,19 @@ def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     group: Any = typer.main.get_command(app)
     # Only parsed: the callback of the group is not called.
     context = group.make_context("sla-video", list(arguments))
-    rest = [*context._protected_args, *context.args]
+    # The name of the command; public in older releases of Click.
+    first = getattr(context, "_protected_args", None) or getattr(context, "protected_args", [])
+    rest = [*first, *context.args]
     if not rest:
         return None, {}
     name, command, rest = group.resolve_command(context, rest)
     return name, command.make_context(name, rest, parent=context).params
+
+
+def names_of_commands() -> list[str]:
+    """Those of `sla-video`, and "" for the program itself."""
+    group: Any = typer.main.get_command(app)
+    return ["", *group.commands]
 
 
 def options_of(name: str) -> dict[str, Any]:

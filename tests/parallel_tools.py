@@ -120,6 +120,8 @@ def work(rank: int, ranks: int, folder: Path) -> None:
         try:
             function()
         except Exception:
+            # Of any kind: the test that reads the results fails with it, and the processes still
+            # meet at the barrier, so that one failure does not take the other cases along.
             results[name] = traceback.format_exc()
         dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(results))

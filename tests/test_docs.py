@@ -3,13 +3,14 @@
 The blocks of a page are executed in their order, in one folder, Python blocks in one namespace.
 Small models stand in for the big ones (`docs_stand_ins.py`), CPUs for GPUs; `docs_commands.py`
 says how shell commands are checked. A block in any other language fails, but for `text`, which
-is for what a program prints.
+has to be what the Python block before it prints.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from docs_commands import Commands, options_of, parse
+from docs_commands import Commands, names_of_commands, options_of, parse
 from docs_pages import (
     PAGES,
     ROOT,
@@ -47,7 +48,6 @@ GIVEN = {
         for seed, name in enumerate(("query", "key", "value"))
     }
 }
-COMMANDS = ("", "generate", "calibrate", "finetune", "bench", "info")
 # Where programs of ours are that are not commands of `sla-video`.
 SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("pipelines/tiny_wan/*.py")]
 PROCESSES = 2
@@ -81,43 +81,16 @@ def one_thread():
 
 def launch(blocks: list[Block], folder: Path) -> None:
     """Run the programs of a page one after the other, in the same few processes."""
-    programs = []
+    words = [sys.executable, str(ROOT / "tests" / "docs_program.py"), str(PROCESSES)]
     for block in blocks:
         (file := folder / block.title).write_text(block.text)
-        programs += [str(file), str(block.line), block.page, str(free_port())]
-    shared = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        words += [str(file), str(block.line), block.page]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "docs_program.py"), *programs],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                **shared,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "PYTHONPATH": path,
-            },
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * PROCESSES, "\n".join(said)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
@@ -128,15 +101,20 @@ def test_every_block_runs(
     programs = {b.title: b for b in blocks_of(page) if "init_process_group" in b.text}
     commands = Commands(models, programs, monkeypatch)
     names: dict[str, Any] = {**GIVEN.get(page, {}), "__name__": "docs"}
+    printed = None
     for block in blocks_of(page):
         try:
-            if block.language == "python" and block.title not in programs:
-                execute(block.text, block.page, block.line, names)
+            if block.language == "text":
+                assert block.text == printed, f"printed was {printed!r}"
+            elif block.language == "python" and block.title not in programs:
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    execute(block.text, block.page, block.line, names)
+                printed = out.getvalue()
             elif block.language == "bash":
                 for words in commands_of(block):
                     commands.run(words)
             else:
-                assert block.language in ("python", "text"), f"{block.language!r} is not run"
+                assert block.language == "python", f"{block.language!r} is not run"
         except Exception as error:
             raise AssertionError(f"{block.place}: {type(error).__name__}: {error}") from error
     assert commands.started == programs.keys(), "a program that no command starts"
@@ -146,7 +124,7 @@ def test_every_block_runs(
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_options_in_the_prose_exist(page: str) -> None:
-    known = {"--help"} | {flag for name in COMMANDS for flag in options_of(name)}
+    known = {"--help"} | {flag for name in names_of_commands() for flag in options_of(name)}
     known |= {flag for path in SCRIPTS for flag in options_in(path.read_text(encoding="utf-8"))}
     for span in spans_of(page):
         if span.startswith("sla-video "):
@@ -193,3 +171,56 @@ def test_links_lead_somewhere() -> None:
             if anchor:
                 headings.setdefault(file, anchors_of(file.read_text(encoding="utf-8")))
                 assert anchor in headings[file], f"{page}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sla-video generate a --no-such-option 1",
+        "sla-video generate a --frames many",
+        "sla-video generate a --frames 6",
+        "sla-video generate a --model Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        "sla-video generate a --model some/where",
+        "sla-video finetune --out run",
+        "sla-video paint",
+        "torchrun --no-such-option 4 -m sla_video.cli generate a",
+        "torchrun --nproc_per_node 4 missing.py",
+        "accelerate launch -m sla_video.calibration.finetune --no-such-option 1",
+        'pip install ".[no-such-extra]"',
+        "pip install no-such-package",
+        "python -m this",
+    ],
+)
+def test_a_wrong_command_is_found(
+    line: str, files: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block("page", 1, "bash", line)
+    with pytest.raises((Exception, SystemExit)):
+        for words in commands_of(block):
+            Commands(models, (), monkeypatch).run(words)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "pipe(PROMPT, no_such_argument=1)",
+        "pipe(PROMPT, height=470)",
+        "pipe(PROMPT, num_frames=80)",
+        "sla_video.enable_sla(pipe, dense_steps=1000); pipe(PROMPT)",
+        "WanImageToVideoPipeline.from_pretrained(NAME)",
+        "WanPipeline.from_pretrained('some/where')",
+    ],
+)
+def test_wrong_python_is_found(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    name = next(iter(MODELS))
+    names: dict[str, Any] = {
+        "sla_video": sla_video,
+        "PROMPT": "a cat",
+        "NAME": name,
+        "WanPipeline": diffusers.WanPipeline,
+        "WanImageToVideoPipeline": diffusers.WanImageToVideoPipeline,
+        "pipe": diffusers.WanPipeline.from_pretrained(name),
+    }
+    with pytest.raises((AssertionError, TypeError)):
+        execute(code, "page", 1, names)

@@ -45,7 +45,7 @@ def test_the_arguments_of_a_block_are_those_of_a_forward():
         arguments = block_arguments(transformer, inputs)
         transformer.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args))
         transformer(**inputs)
-    assert arguments[0].shape == (1, model.length, 64)
+    assert arguments[0].shape == (1, model.length, model.heads * model.head_dim)
     for ours, theirs in zip(arguments[:3], seen[0][:3], strict=True):
         assert torch.equal(ours, theirs)
 

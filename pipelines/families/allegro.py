@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 
-from sla_video.pipelines.families.family import Family, Operate, layers_named
-from sla_video.pipelines.families.ltx import why_dense
+from sla_video.pipelines.families.family import (
+    Family,
+    Operate,
+    layers_named,
+    mask_or_other_keys,
+)
 from sla_video.pipelines.families.wan import project_out
 
 
@@ -61,5 +65,5 @@ ALLEGRO = Family(
         "interpolation_scale_t",
     ),
     attend=attend,
-    why_dense=why_dense,
+    why_dense=mask_or_other_keys,
 )

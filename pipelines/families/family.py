@@ -93,6 +93,22 @@ class Family:
         return family_named, (self.name,)
 
 
+def mask_or_other_keys(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *others: Any,
+    **more: Any,
+) -> str | None:
+    """The `why_dense` of plain self-attention: masks, and the keys of another sequence."""
+    if attention_mask is not None:
+        return "an attention mask"
+    if encoder_hidden_states is not None:
+        return "keys of another sequence"
+    return None
+
+
 def layers_named(*places: str) -> Callable[[nn.Module], dict[str, Any]]:
     """The `layers` of transformers that keep them as "list of blocks.attribute".
 

@@ -13,9 +13,8 @@ import torch
 from sla_video.pipelines.families.family import Family, Operate, layers_named
 from sla_video.pipelines.families.joint import (
     Rotary,
-    joint_attention,
+    masked_attention,
     project,
-    project_out,
     project_text,
     rotated,
 )
@@ -35,9 +34,7 @@ def attend(
     """
     video = rotated(project(attn, hidden_states), image_rotary_emb)
     text = project_text(attn, encoder_hidden_states)
-    mask = attention_mask.bool()
-    out, text_out = joint_attention(operate, video, text, mask)
-    return project_out(attn, out, text_out.masked_fill(~mask[..., None, None], 0))
+    return masked_attention(attn, operate, video, text, attention_mask)
 
 
 def why_dense(

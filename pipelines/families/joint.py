@@ -77,6 +77,19 @@ def joint_attention(
     return out, text_out.transpose(1, 2)
 
 
+def masked_attention(
+    attn: Any, operate: Operate, video: Projected, text: Projected, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`joint_attention` projected out, with nothing at the padding of the text.
+
+    Args:
+        mask: `[B, C]`, zero on padding.
+    """
+    there = mask.bool()
+    out, text_out = joint_attention(operate, video, text, there)
+    return project_out(attn, out, text_out.masked_fill(~there[..., None, None], 0))
+
+
 def project_out(
     attn: Any, video: torch.Tensor, text: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from sla_video.pipelines.families.family import Family, Operate, layers_named
+from sla_video.pipelines.families.family import (
+    Family,
+    Operate,
+    layers_named,
+    mask_or_other_keys,
+)
 from sla_video.pipelines.families.wan import project_out
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -40,22 +45,6 @@ def attend(
     return project_out(attn, operate(query, key, value))
 
 
-def why_dense(
-    attn: Any,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    *others: Any,
-    **more: Any,
-) -> str | None:
-    """Masks, and the keys of another sequence."""
-    if attention_mask is not None:
-        return "an attention mask"
-    if encoder_hidden_states is not None:
-        return "keys of another sequence"
-    return None
-
-
 LTX = Family(
     name="LTX-Video",
     transformers=("LTXVideoTransformer3DModel",),
@@ -78,5 +67,5 @@ LTX = Family(
         "attention_out_bias",
     ),
     attend=attend,
-    why_dense=why_dense,
+    why_dense=mask_or_other_keys,
 )

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sla_video.pipelines.families.family import Family, Operate, layers_named
-from sla_video.pipelines.families.ltx import LTX, Rotary, why_dense
+from sla_video.pipelines.families.family import Family, Operate, layers_named, mask_or_other_keys
+from sla_video.pipelines.families.ltx import LTX, Rotary
 from sla_video.pipelines.families.wan import project_out
 
 
@@ -80,5 +80,5 @@ LTX2 = Family(
         "audio_in_channels",
     ),
     attend=attend,
-    why_dense=why_dense,
+    why_dense=mask_or_other_keys,
 )

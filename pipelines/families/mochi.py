@@ -15,9 +15,8 @@ from sla_video.pipelines.families.family import Family, Operate, layers_named
 from sla_video.pipelines.families.joint import (
     Projected,
     Rotary,
-    joint_attention,
+    masked_attention,
     project,
-    project_out,
     project_text,
 )
 from sla_video.pipelines.families.rotary import turn_pairs
@@ -40,20 +39,11 @@ def attend(
         turned = turn_pairs(video.query, video.key, *image_rotary_emb)
         video = Projected(*turned, video.value)
     text = project_text(attn, encoder_hidden_states)
-    mask = attention_mask.bool()
-    out, text_out = joint_attention(operate, video, text, mask)
-    return project_out(attn, out, text_out.masked_fill(~mask[..., None, None], 0))
+    return masked_attention(attn, operate, video, text, attention_mask)
 
 
-def why_dense(
-    attn: Any,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor,
-    image_rotary_emb: Rotary | None = None,
-) -> None:
+def why_dense(attn: Any, hidden_states: torch.Tensor, *others: Any, **more: Any) -> None:
     """Nothing."""
-    return
 
 
 MOCHI = Family(

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from sla_video.pipelines.families.family import Family, Operate, TokenPlaces, layers_named
+from sla_video.pipelines.families.family import (
+    Family,
+    Operate,
+    TokenPlaces,
+    layers_named,
+    mask_or_other_keys,
+)
 from sla_video.pipelines.families.rotary import norm_and_rotate
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -31,21 +37,6 @@ def attend(
     """
     parts = project_in(attn, hidden_states, rotary_emb, impl=attn.processor.impl)
     return project_out(attn, operate(*parts))
-
-
-def why_dense(
-    attn: Any,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    rotary_emb: Rotary | None = None,
-) -> str | None:
-    """Masks, and the keys of another sequence."""
-    if attention_mask is not None:
-        return "an attention mask"
-    if encoder_hidden_states is not None:
-        return "keys of another sequence"
-    return None
 
 
 def project_in(
@@ -101,7 +92,7 @@ WAN = Family(
         "vace_in_channels",
     ),
     attend=attend,
-    why_dense=why_dense,
+    why_dense=mask_or_other_keys,
     shardable=True,
     token_places=TokenPlaces(
         patches=("patch_embedding", "vace_patch_embedding"), rotary="rope", output="proj_out"
