@@ -117,6 +117,7 @@ def _load(request: CalibrationRequest, plan: CalibrationPlan, progress: Progress
         dense_layers=request.dense_layers,
         router_per_head=request.router_per_head,
         phi_k=request.phi_k,
+        token_order=request.token_order,
     )
     try:
         # Finds the layers, and says what is wrong with a model that cannot be patched.
@@ -162,6 +163,7 @@ def _capture_source(
         max_sequence_length=plan.max_sequence_length,
         dense_steps=plan.dense_steps,
         seed=request.seed,
+        token_order=model.base.token_order,
     )
     plan_calls(model.pipe, captures)  # refuses what cannot be captured before a folder is made
     spill = None

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from sla_video.calibration.fit_options import Trainable
 from sla_video.config import AlphaKind, PhiKey, SLAConfig
 from sla_video.pipelines.errors import InputError
-from sla_video.pipelines.generation_request import check_sparsity
+from sla_video.pipelines.generation_request import check_sparsity, check_token_order
 from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource, find_model
 
 DEFAULT_SPARSITIES = (0.95,)
@@ -42,7 +42,7 @@ class CalibrationRequest:
         trainable: "router+alpha", "router" or "alpha".
         learning_rate: of the router.
         tau: temperature of SoftTop-k at the end.
-        alpha, router_per_head, phi_k: as in `SLAConfig`.
+        alpha, router_per_head, phi_k, token_order: as in `SLAConfig`.
         dense_layers: layers that keep the model's attention; -1 is the last.
         dense_steps: first denoising steps that keep it; they are not captured.
         capture_steps: calls captured of each prompt, spread over the denoising steps.
@@ -71,6 +71,7 @@ class CalibrationRequest:
     alpha: AlphaKind = "adaptive"
     router_per_head: bool = False
     phi_k: PhiKey = "smoothed"
+    token_order: str = "raster"
     dense_layers: tuple[int, ...] = ()
     dense_steps: int | None = None
     capture_steps: int = 4
@@ -114,6 +115,7 @@ class CalibrationRequest:
         _check_choice("trainable", self.trainable, get_args(Trainable))
         _check_choice("alpha", self.alpha, get_args(AlphaKind))
         _check_choice("phi_k", self.phi_k, get_args(PhiKey))
+        check_token_order(self.token_order)
         for name, low in (("steps", 0), ("capture_steps", 1), ("denoising_steps", 1)):
             _check_whole(name, getattr(self, name), low)
         for name, low in (("dense_steps", 0), ("frames", 1), ("height", 1), ("width", 1)):

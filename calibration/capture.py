@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sla_video.pipelines.errors import InputError, is_out_of_memory
+from sla_video.pipelines.families.registry import family_of
 from sla_video.pipelines.families.wan import project_in
 from sla_video.pipelines.progress import Progress
+from sla_video.pipelines.token_order import TokenOrder
 
 COMPONENTS = ("transformer", "transformer_2")
 # The golden ratio's fraction: multiples of it spread evenly however many there are.
@@ -57,6 +59,7 @@ class CapturePlan:
             denoising steps; with guidance they take turns between the two branches.
         denoising_steps: of the schedule.
         dense_steps: first steps, never captured because they stay dense in generation.
+        token_order: of what is captured, as in `SLAConfig`.
     """
 
     prompts: tuple[str, ...]
@@ -70,6 +73,7 @@ class CapturePlan:
     max_sequence_length: int
     dense_steps: int
     seed: int
+    token_order: str = "raster"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -182,7 +186,7 @@ def run_captures(
     for prompt, wanted in sorted(todo.items()):
         watch = _Watch(wanted, store)
         try:
-            with _hooked(pipe, layers, watch):
+            with _hooked(pipe, layers, watch, plan.token_order):
                 _run(pipe, plan, prompt, steps[prompt], watch, progress)
         except Exception as error:
             if is_out_of_memory(error):
@@ -240,7 +244,9 @@ class _Watch:
 
 
 @contextmanager
-def _hooked(pipe: Any, layers: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
+def _hooked(
+    pipe: Any, layers: Mapping[str, nn.Module], watch: _Watch, token_order: str
+) -> Iterator[None]:
     def on_transformer(component: str) -> Any:
         return lambda _module, _args: watch.enter(component)
 
@@ -255,6 +261,8 @@ def _hooked(pipe: Any, layers: Mapping[str, nn.Module], watch: _Watch) -> Iterat
     with ExitStack() as stack:
         for component in {name.partition(".")[0] for name in layers}:
             transformer = getattr(pipe, component)
+            if order := TokenOrder.of(token_order, family_of(transformer)):
+                stack.enter_context(order.install(transformer))
             hook = transformer.register_forward_pre_hook(on_transformer(component))
             stack.callback(hook.remove)
         for name, attn in layers.items():

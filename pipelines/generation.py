@@ -198,7 +198,13 @@ def _enable(pipe: Any, routers: RouterSet | None, plan: GenerationPlan) -> SLAHa
     from sla_video.pipelines.patching import enable_sla
 
     try:
-        return enable_sla(pipe, routers, sparsity=plan.sparsity, dense_steps=plan.dense_steps)
+        return enable_sla(
+            pipe,
+            routers,
+            sparsity=plan.sparsity,
+            dense_steps=plan.dense_steps,
+            token_order=plan.token_order,
+        )
     except (ValueError, TypeError, OSError) as error:
         raise InputError(one_line(error)) from error
 

@@ -55,7 +55,8 @@ class GenerationPlan:
         inputs: arguments of its call: pictures and videos at their size.
         digests: "image_sha256" and so on -> hexadecimal digits, of the files of these.
         remarks: what the caller may not expect of them.
-        sparsity, dense_steps: `None` with dense attention, or to use those of the routers.
+        sparsity, dense_steps, token_order: `None` with dense attention, or to use those of the
+            routers.
         strength: `None` where there is no video to keep a part of.
         denoising_steps: those of `steps` that are made; fewer where `strength` is below 1.
         max_sequence_length: `None` to leave it to the pipeline.
@@ -71,6 +72,7 @@ class GenerationPlan:
     dense: bool
     sparsity: float | None
     dense_steps: int | None
+    token_order: str | None
     strength: float | None
     steps: int
     denoising_steps: int
@@ -153,10 +155,12 @@ def _attention(request: GenerationRequest, defaults: ModelDefaults) -> dict[str,
         values[field] = value
     if values["sparsity"] is not None:
         check_sparsity(values["sparsity"])
-    routers = request.routers
-    if routers is None and not request.dense and values["sparsity"] >= defaults.routers_sparsity:
+    routers, order = request.routers, request.token_order
+    # Those of the embedded model were trained in raster order.
+    trained = not request.dense and values["sparsity"] is not None and order in (None, "raster")
+    if routers is None and trained and values["sparsity"] >= defaults.routers_sparsity:
         routers = defaults.routers
-    return {**values, "routers": None if routers == NO_ROUTERS else routers}
+    return {**values, "token_order": order, "routers": None if routers == NO_ROUTERS else routers}
 
 
 def _videos_of(request: GenerationRequest, plan: GenerationPlan) -> tuple[VideoPlan, ...]:

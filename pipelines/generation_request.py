@@ -32,6 +32,7 @@ class GenerationRequest:
         sparsity: share of the key blocks left to the linear branch, in [0, 1).
         dense: keep the model's own full attention.
         dense_steps: how many of the first steps keep it; they fix the layout of the video.
+        token_order: of `SLAConfig`; `None` takes that of the routers, or raster order.
         steps: denoising steps.
         guidance_scale: weight of the prompt; 1 or less turns classifier-free guidance off.
         negative_prompt: what to move away from, with guidance.
@@ -64,6 +65,7 @@ class GenerationRequest:
     sparsity: float | None = None
     dense: bool = False
     dense_steps: int | None = None
+    token_order: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -91,13 +93,16 @@ class GenerationRequest:
             raise InputError('no prompt given: for instance "a red circle moves left"')
         if any(not prompt.strip() for prompt in self.prompts):
             raise InputError("`prompt` is empty: say what the video should show")
-        given = [n for n in ("routers", "sparsity", "dense_steps") if getattr(self, n) is not None]
+        of_sparse = ("routers", "sparsity", "dense_steps", "token_order")
+        given = [name for name in of_sparse if getattr(self, name) is not None]
         if self.dense and given:
             raise InputError(f"`dense` is full attention and takes no `{given[0]}`: leave one out")
         if self.dense and self.record:
             raise InputError("`dense` loses nothing that `record` could show: leave one out")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
+        if self.token_order is not None:
+            check_token_order(self.token_order)
         _check_whole("steps", self.steps, 1, _MAX_STEPS)
         _check_whole("dense_steps", self.dense_steps, 0, _MAX_STEPS)
         _check_whole("frames", self.frames, 1)
@@ -126,6 +131,14 @@ def check_sparsity(value: float) -> None:
     try:
         SLAConfig(sparsity=value)
     except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def check_token_order(name: str) -> None:
+    """Raise `InputError` unless `SLAConfig` knows the order."""
+    try:
+        SLAConfig(token_order=name)
+    except ValueError as error:
         raise InputError(str(error)) from error
 
 

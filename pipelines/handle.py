@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.recording import Recording, read_logs
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.stats import SLAStats
+from sla_video.pipelines.token_order import TokenOrder
 
 logger = logging.getLogger("sla_video")
 
@@ -45,7 +45,7 @@ class TransformerPatch:
         self.layers = dict(layers)
         self.switch = switch
         self.processors: dict[str, SLAAttnProcessor] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle | TokenOrder] = []
         self._hide_lora: Any = None
         # What the transformer had when the patch was taken off.
         self.removed_lora: LoraAdapter | None = None
@@ -61,6 +61,7 @@ class TransformerPatch:
         transformer: nn.Module,
         processors: Mapping[str, SLAAttnProcessor],
         hook: FirstStepsDense | None,
+        order: TokenOrder | None = None,
     ) -> None:
         """Put the processors in place. Everything that can fail has to be checked before."""
         self.processors = dict(processors)
@@ -72,6 +73,8 @@ class TransformerPatch:
         for each in (*hooks, hook):
             if each is not None:
                 self._hooks.append(transformer.register_forward_pre_hook(each))
+        if order is not None:
+            self._hooks.append(order.install(transformer))
         self._hide_lora = hide_lora(transformer)
         setattr(transformer, _PATCH_ATTRIBUTE, self)
 
@@ -280,12 +283,7 @@ class SLAHandle:
     def __enter__(self) -> SLAHandle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self.active:
             self.remove()
 

@@ -27,6 +27,7 @@ from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
+from sla_video.pipelines.token_order import TokenOrder
 
 logger = logging.getLogger("sla_video")
 
@@ -39,6 +40,7 @@ _TRAINED_SETTINGS = (
     "num_query_blocks",
     "router_per_head",
     "phi_k",
+    "token_order",
 )
 
 
@@ -51,6 +53,7 @@ def enable_sla(
     dense_steps: int | None = None,
     sparse_dtype: SparseDtype | None = None,
     impl: Implementation | None = None,
+    token_order: str | None = None,
     config: SLAConfig | None = None,
     component: str = "transformer",
 ) -> SLAHandle:
@@ -70,6 +73,7 @@ def enable_sla(
             scheduler of the pipeline counts them. Needs a pipeline.
         sparse_dtype: number format of the sparse branch.
         impl: implementation of the operator. "auto" says at INFO which it took.
+        token_order: of all layers, which decides what is together in a block; see `SLAConfig`.
         config: all settings at once. Default: those of `routers`, else `SLAConfig()`. The
             arguments above replace single fields of it.
         component: for a bare transformer, which of the pipeline's it is, when `routers` hold two.
@@ -101,6 +105,7 @@ def enable_sla(
         "dense_steps": dense_steps,
         "sparse_dtype": sparse_dtype,
         "impl": impl,
+        "token_order": token_order,
         **_sparsity_fields(sparsity),
     }
     settings = settings.replace(**{k: v for k, v in changes.items() if v is not None})
@@ -134,11 +139,12 @@ def enable_sla(
         switch = DenseSwitch()
         processors = _make_processors(name, families[name], layers, settings, router_set, switch)
         hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
-        prepared.append((transformer, TransformerPatch(layers, switch), processors, hook))
+        order = TokenOrder.of(settings.token_order, families[name])
+        prepared.append((transformer, TransformerPatch(layers, switch), processors, hook, order))
     if router_set is not None:
         _attach_all(transformers, router_set.lora)
-    for transformer, patch, processors, hook in prepared:
-        patch.install(transformer, processors, hook)
+    for transformer, patch, processors, hook, order in prepared:
+        patch.install(transformer, processors, hook, order)
     return SLAHandle(transformers, identities, settings)
 
 

@@ -72,6 +72,13 @@ def calibrate(
     phi_k: Annotated[
         str, typer.Option(help="Keys of the linear branch: smoothed (mean removed) or raw.")
     ] = "smoothed",
+    token_order: Annotated[
+        str,
+        typer.Option(
+            help="Order of the tokens that blocks are cut from: raster, hilbert, morton, "
+            "tile:4,4,4 or axes:hwt. It is saved with the routers."
+        ),
+    ] = "raster",
     dense_layer: Annotated[
         list[int] | None,
         typer.Option(help="Layer that keeps full attention, -1 for the last; may be repeated."),
@@ -150,6 +157,7 @@ def calibrate(
         learning_rate=learning_rate,
         tau=tau,
         router_per_head=router_per_head,
+        token_order=token_order,
         dense_layers=tuple(dense_layer or ()),
         dense_steps=dense_steps,
         capture_steps=capture_steps,

@@ -20,6 +20,7 @@ from sla_video.cli_options import (
     Offload,
     Prompts,
     Record,
+    TokenOrder,
     Width,
 )
 from sla_video.console import print_videos
@@ -51,6 +52,7 @@ def generate(
         bool, typer.Option("--dense", help="Use the model's own full attention, to compare.")
     ] = False,
     dense_steps: DenseSteps = None,
+    token_order: TokenOrder = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
     ] = None,
@@ -146,6 +148,7 @@ def generate(
             sparsity=sparsity,
             dense=dense,
             dense_steps=dense_steps,
+            token_order=token_order,
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,

@@ -19,6 +19,13 @@ DenseSteps = Annotated[
     int | None,
     typer.Option(help="First steps with full attention.  [default: the model's own]"),
 ]
+TokenOrder = Annotated[
+    str | None,
+    typer.Option(
+        help="Order of the tokens that blocks are cut from: raster, hilbert, morton, tile:4,4,4 or "
+        "axes:hwt.  [default: the routers', or raster]"
+    ),
+]
 Frames = Annotated[
     int | None,
     typer.Option(help="Number of frames, 4k+1 for Wan.  [default: the model's own]"),

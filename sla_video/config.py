@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -20,6 +21,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "phi_k": get_args(PhiKey),
     "selection": get_args(Selection),
 }
+
+_TOKEN_ORDER = re.compile(
+    r"raster|morton|hilbert|tile:[1-9]\d*,[1-9]\d*,[1-9]\d*|axes:(thw|twh|htw|hwt|wth|wht)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,9 @@ class SLAConfig:
         min_selected: key blocks that selection="top_p" keeps at least.
         max_selected: key blocks that selection="top_p" keeps at most; None for as many as "top_k"
             would keep at the same sparsity.
+        token_order: the order of the tokens, which decides what is together in a block: "raster"
+            (frame by frame, row by row), "tile:4,4,4" (frames, rows and columns of a tile),
+            "morton", "hilbert", or "axes:hwt" (the axes from the slowest to the fastest).
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
@@ -70,6 +78,7 @@ class SLAConfig:
     top_p: float = 0.9
     min_selected: int = 1
     max_selected: int | None = None
+    token_order: str = "raster"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -87,6 +96,7 @@ class SLAConfig:
         if not isinstance(self.router_per_head, bool):
             raise TypeError(f"`router_per_head` must be a bool, got {self.router_per_head!r}")
         self._check_alpha()
+        self._check_token_order()
         self._freeze_layers()
 
     def _check_alpha(self) -> None:
@@ -97,6 +107,17 @@ class SLAConfig:
                 "`num_query_blocks` must be given with alpha='per_block' and only then, "
                 f"got alpha={self.alpha!r} and num_query_blocks={self.num_query_blocks}"
             )
+
+    def _check_token_order(self) -> None:
+        order = self.token_order
+        if not isinstance(order, str) or not _TOKEN_ORDER.fullmatch(order):
+            raise ValueError(
+                "`token_order` must be raster, morton, hilbert, a tile such as tile:4,4,4 (frames, "
+                f"rows, columns), or axes such as axes:hwt, got {order!r}"
+            )
+        # One name for one order: routers ask whether theirs is used.
+        if order in ("axes:thw", "tile:1,1,1"):
+            object.__setattr__(self, "token_order", "raster")
 
     def _freeze_layers(self) -> None:
         """Check the fields that speak of single layers, and keep copies of our own."""

@@ -176,6 +176,28 @@ def other_models_of_the_wan_line() -> None:
 
 
 @case
+def tokens_in_another_order() -> None:
+    assert_same(SLAConfig(sparsity=0.9, token_order="hilbert", **BLOCKS))
+    odd = SLAConfig(sparsity=0.5, token_order="tile:1,2,3", **BLOCKS)
+    assert_same(odd, inputs={"grid": (1, 5, 7), "batch": 2}, ulysses_anything=True)
+    if dist.get_world_size() > 2:
+        return  # the others have two heads
+    config = SLAConfig(sparsity=0.8, token_order="tile:2,4,4", **BLOCKS)
+    for name in ("wan2.2 5b i2v", "vace"):
+        outputs = []
+        for parallel in (False, True):
+            pipe = MODELS[name].build()
+            if parallel:
+                pipe.transformer.enable_parallelism(
+                    config=ContextParallelConfig(ulysses_degree=2),
+                    cp_plan=context_parallel_plan(pipe.transformer),
+                )
+            scramble(enable_sla(pipe, config=config))
+            outputs.append(MODELS[name].run(pipe))
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@case
 def models_whose_tokens_cannot_be_spread_are_refused() -> None:
     for name, kind in (("animate", "Wan Animate"), ("skyreels t2v", "SkyReels-V2")):
         for order in ("before", "after"):

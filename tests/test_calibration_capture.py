@@ -14,6 +14,7 @@ from sla_video.calibration.capture import CallKey, CapturePlan, plan_calls, run_
 from sla_video.calibration.capture_store import CaptureSource, MemoryStore, SpillStore
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.progress import NoProgress
+from sla_video.pipelines.token_order import make_order
 from tiny_models import TINY_CALL, build_tiny_pipeline
 
 PLAN = CapturePlan(
@@ -87,6 +88,24 @@ def test_captures_are_what_the_attention_sees(captured):
             seen_name, output = seen[first + 6 * key.step + 3 * key.branch + layer]
             assert seen_name == name
             torch.testing.assert_close(dense_attention(*capture), output, rtol=1e-4, atol=1e-5)
+
+
+def test_captures_are_in_the_order_that_routers_will_see():
+    pipe = build_tiny_pipeline()
+    plain = run_one(pipe, "raster")
+    order = make_order("hilbert", (3, 8, 8))
+    for name, capture in run_one(pipe, "hilbert").items():
+        for part, other in zip(capture, plain[name], strict=True):
+            torch.testing.assert_close(part, other[:, order], rtol=1e-4, atol=1e-5)
+    assert sum(hooks_of(pipe)) == 0
+
+
+def run_one(pipe, token_order):
+    """Captures of one call of each layer, by name."""
+    plan = dataclasses.replace(
+        PLAN, prompts=PLAN.prompts[:1], capture_steps=1, token_order=token_order
+    )
+    return {name: captures[0] for name, captures in source_of(pipe, plan=plan)}
 
 
 def test_calls_are_spread_and_take_turns(captured):

@@ -32,6 +32,8 @@ PROMPT = "a red circle"
         (["--prompts", "."], ["Is a directory"]),
         ([PROMPT, "--sparsity", "1"], ["`sparsity` must be in [0, 1), got 1"]),
         ([PROMPT, "--sparsity", "-0.1"], ["`sparsity` must be in [0, 1), got -0.1"]),
+        ([PROMPT, "--token-order", "spiral"], ["`token_order` must be raster, ", "got 'spiral'"]),
+        ([PROMPT, "--dense", "--token-order", "hilbert"], ["takes no `token_order`"]),
         ([PROMPT, "--sparsity", "nan"], ["`sparsity` must be in [0, 1), got nan"]),
         ([PROMPT, "--sparsity", "0.5", "--dense"], ["`dense`", "`sparsity`"]),
         ([PROMPT, "--dense-steps", "1", "--dense"], ["`dense`", "`dense_steps`"]),

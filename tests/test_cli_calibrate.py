@@ -57,11 +57,13 @@ def test_the_routers_are_for_enable_sla(
     tiny_pipeline_dir: Path, here: Path, tiny_pipeline: Any
 ) -> None:
     options = ("--alpha", "per_block", "--router-per-head", "--phi-k", "raw", "--dense-layer", "-1")
+    options += ("--token-order", "tile:2,4,4")
     outcome = calibrate(tiny_pipeline_dir, *options, "--sparsity", "0.6", "--out", "mine")
     assert outcome.code == 0, outcome.err
     routers = load_routers(here / "mine")
     config = routers.config
     assert (config.alpha, config.num_query_blocks, config.phi_k) == ("per_block", 3, "raw")
+    assert config.token_order == "tile:2,4,4"
     assert config.router_per_head and config.dense_layers == (-1,)
     layers = routers.metrics["layers"].values()
     assert {layer["chosen"] for layer in layers} <= {"untrained", "alpha", "router+alpha"}
@@ -130,6 +132,7 @@ def test_the_embedded_models_prompts_are_scenes_it_was_trained_on() -> None:
         ([x for i in range(3) for x in ("--dense-layer", i)], ["names all layers"]),
         (["--alpha", "fixed"], ["`alpha` must be one of adaptive, per_block, got 'fixed'"]),
         (["--phi-k", "rough"], ["`phi_k` must be one of smoothed, raw, got 'rough'"]),
+        (["--token-order", "spiral"], ["`token_order` must be raster, ", "got 'spiral'"]),
         (["--trainable", "all"], ["`trainable` must be one of router+alpha, router, alpha"]),
         (["--steps", "-1"], ["`steps` must be at least 0, got -1"]),
         (["--capture-steps", "0"], ["`capture_steps` must be at least 1, got 0"]),

@@ -121,9 +121,15 @@ def test_sparse_differs_from_dense_and_nothing_else_does(
     generate(tiny_pipeline_dir, tmp_path, *size, "--dense")
     generate(tiny_pipeline_dir, tmp_path, *size, "--sparsity", 0)
     generate(tiny_pipeline_dir, tmp_path, *size, "--sparsity", 0.6)
-    dense, everything_selected, sparse = (frames.astype(int) for frames in frames_written)
+    tiles = generate(
+        tiny_pipeline_dir, tmp_path, *size, "--sparsity", 0.6, "--token-order", "tile:3,4,4"
+    )
+    dense, everything_selected, sparse, tiled = (f.astype(int) for f in frames_written)
     assert abs(dense - everything_selected).max() <= 1, "rounding to 8 bits may tip over"
     assert abs(dense - sparse).max() > 1
+    assert abs(dense - tiled).max() > 1 and abs(sparse - tiled).max() > 1
+    assert tiles["settings"]["token_order"] == "tile:3,4,4"
+    assert tiles["attention"]["config"]["token_order"] == "tile:3,4,4"
 
 
 def test_seeds_make_videos_and_are_counted_on(

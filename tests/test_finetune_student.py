@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from finetune_cases import make_batch, make_student
+from sla_video import enable_sla, save_routers
 from sla_video.calibration.soft_attention import SoftAttention
 from sla_video.kernels.api import sla2_attention
 from tiny_models import build_tiny_transformer
@@ -72,6 +74,24 @@ def test_the_teacher_is_the_model_as_it_was() -> None:
                 parameter.add_(0.05)
         dense = student(*batch, mode="compare")["dense"]
         torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_routers_bring_the_order_of_the_tokens(tmp_path: Path) -> None:
+    model = build_tiny_transformer()
+    routers = tmp_path / "routers"
+    with enable_sla(model, sparsity=0.34, token_order="hilbert", impl="torch") as handle:
+        save_routers(routers, handle)
+        latents, noise, sigma, text = batch = make_batch()
+        noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
+        expected = model(noisy, sigma * 1000, text, return_dict=False)[0].detach()
+    for trainable in ("lora", "full"):
+        student = make_student(trainable=trainable, routers=str(routers))
+        found = student(*batch, mode="compare")
+        torch.testing.assert_close(found["student"], expected, rtol=1e-4, atol=1e-5)
+        stock = model(noisy, sigma * 1000, text, return_dict=False)[0]
+        torch.testing.assert_close(found["dense"], stock, rtol=1e-4, atol=1e-5)
+        assert student.handle.router_set().config.token_order == "hilbert"
+        assert (found["student"] - found["dense"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

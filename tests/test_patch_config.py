@@ -31,6 +31,7 @@ configs = st.builds(
     selection=st.sampled_from(["top_k", "top_p"]),
     top_p=st.floats(0, 1, exclude_min=True),
     max_selected=st.none() | st.integers(1, 99),
+    token_order=st.sampled_from(["raster", "tile:3,5,4", "morton", "hilbert", "axes:hwt"]),
 )
 
 
@@ -99,6 +100,12 @@ def test_per_block_alpha_goes_with_its_table_size():
         ({"phi_k": "x"}, ValueError, "`phi_k` must be one of smoothed, raw, got 'x'"),
         ({"selection": None}, ValueError, "`selection` must be one of top_k, top_p, got None"),
         ({"router_per_head": 1}, TypeError, "`router_per_head` must be a bool, got 1"),
+        ({"token_order": "zigzag"}, ValueError, "`token_order` must be raster, morton, hilbert, a"),
+        ({"token_order": "tile:4,4"}, ValueError, "tile:4,4,4 (frames, rows, columns), or axes"),
+        ({"token_order": "tile:0,4,4"}, ValueError, "got 'tile:0,4,4'"),
+        ({"token_order": "axes:hww"}, ValueError, "or axes such as axes:hwt, got 'axes:hww'"),
+        ({"token_order": "hilbert\n"}, ValueError, "got 'hilbert\\n'"),
+        ({"token_order": None}, ValueError, "got None"),
     ],
     ids=repr,
 )
@@ -108,6 +115,11 @@ def test_bad_fields_say_what_was_expected_and_given(fields, error, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(error):
         SLAConfig().replace(**fields)
+
+
+@pytest.mark.parametrize("name", ["axes:thw", "tile:1,1,1"])
+def test_names_of_the_same_token_order_are_one(name):
+    assert SLAConfig(token_order=name) == SLAConfig(token_order="raster") == SLAConfig()
 
 
 def test_from_dict_refuses_what_it_does_not_know():

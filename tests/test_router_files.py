@@ -154,8 +154,9 @@ def test_some_settings_may_change_after_training(saved):
         ({"block_k": 64, "phi_k": "raw"}, "block_k 8 against 64 here, phi_k 'smoothed' against"),
         ({"router_per_head": True}, "router_per_head False against True here"),
         ({"alpha": "per_block", "num_query_blocks": 5}, "alpha 'adaptive' against 'per_block'"),
+        ({"token_order": "hilbert"}, "token_order 'raster' against 'hilbert' here"),
     ],
-    ids=["block_q", "block_k", "per_head", "alpha"],
+    ids=["block_q", "block_k", "per_head", "alpha", "order"],
 )
 def test_settings_that_were_trained_for_may_not_change(saved, changes, message):
     with pytest.raises(ValueError, match="trained with other settings") as error:

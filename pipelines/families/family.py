@@ -35,6 +35,24 @@ def _heads_and_dim(attn: Any) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenPlaces:
+    """Where the tokens of a transformer come from and go to, for those who reorder them.
+
+    The transformer takes `hidden_states` `[B, C, T', H', W']` and `timestep` `[B]`, or `[B, L]` of
+    each token, and nothing between the modules named here knows where a token is.
+
+    Attributes:
+        patches: modules whose outputs `[B, C, T, H, W]` become tokens in raster order.
+        rotary: the module whose output is a tuple of tables `[1, L, 1, D]`.
+        output: the module whose output `[B, L, C]` becomes a video again.
+    """
+
+    patches: tuple[str, ...]
+    rotary: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Transformers whose self-attention is computed in the same steps.
 
@@ -54,6 +72,7 @@ class Family:
         heads_and_dim: attention module -> (H, D).
         shardable: whether context parallelism, which gives each device a piece of the tokens,
             leaves all else in the transformer as it is, and self-attention has no other tokens.
+        token_places: what it takes to have the tokens in another order; None where that cannot be.
     """
 
     name: str
@@ -65,6 +84,7 @@ class Family:
     why_dense: Callable[..., str | None]
     heads_and_dim: Callable[[Any], tuple[int, int]] = _heads_and_dim
     shardable: bool = False
+    token_places: TokenPlaces | None = None
 
     def __reduce__(self) -> Any:
         # Copies of a patched model, pickled ones too, share the family.

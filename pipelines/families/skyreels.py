@@ -18,4 +18,6 @@ SKYREELS = replace(
     identity_fields=(*WAN.identity_fields, "inject_sample_info"),
     # Diffusers has no plan for it, and a causal mask would have to be cut, too.
     shardable=False,
+    # The mask, and the noise levels of frames, are in raster order.
+    token_places=None,
 )

@@ -14,6 +14,7 @@ import torch
 from sla_video.pipelines.families.family import (
     Family,
     Operate,
+    TokenPlaces,
     layers_named,
     mask_or_other_keys,
 )
@@ -93,4 +94,7 @@ WAN = Family(
     attend=attend,
     why_dense=mask_or_other_keys,
     shardable=True,
+    token_places=TokenPlaces(
+        patches=("patch_embedding", "vace_patch_embedding"), rotary="rope", output="proj_out"
+    ),
 )

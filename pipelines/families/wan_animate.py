@@ -21,6 +21,8 @@ WAN_ANIMATE = replace(
         "face_encoder_num_heads",
         "inject_face_latents_blocks",
     ),
-    # Attention to faces takes the tokens frame by frame, and a piece of them has no whole frames.
+    # Attention to faces takes the tokens frame by frame, and a piece of them has no whole
+    # frames, nor has a run of them in another order.
     shardable=False,
+    token_places=None,
 )

@@ -1,0 +1,211 @@
+"""Orders of the keys for each head: exact whatever they are, and chosen where they help."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_inputs import dense_attention
+
+from sla_video import sla2_attention
+from sla_video.kernels.key_order import (
+    KeyOrder,
+    choose_key_orders,
+    density_at_recall,
+    join_key_orders,
+    key_importance,
+    make_key_order,
+    sla2_with_key_order,
+)
+from sla_video.kernels.router import Router
+
+BLOCKS = {"block_q": 16, "block_k": 8}
+KINDS = ("identity", "segment_sort", "hot_peel")
+
+
+def inputs(length=100, heads=2, batch=2, dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, length, heads, dim)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def random_order(length=100, heads=2, batch=2):
+    generator = torch.Generator().manual_seed(9)
+    places = torch.rand(batch, heads, length, generator=generator).argsort(-1)
+    return KeyOrder(places, torch.zeros(heads, dtype=torch.int64))
+
+
+def scrambled(router):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return router
+
+
+def reordered(x, order):
+    """`[B, L, H, D]` with each head's tokens in its order: a copy."""
+    places = order.places.transpose(1, 2)[..., None].expand_as(x)
+    return x.gather(1, places)
+
+
+@pytest.mark.parametrize("length", [1, 7, 100])
+def test_full_selection_is_full_attention_in_any_order(length):
+    query, key, value = inputs(length)
+    output = sla2_with_key_order(query, key, value, random_order(length), sparsity=0, **BLOCKS)
+    torch.testing.assert_close(output, dense_attention(query, key, value))
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_finding_keys_where_they_are_equals_moving_them(routed):
+    query, key, value = inputs()
+    router = scrambled(Router(2, 8)) if routed else None
+    order = random_order()
+    output = sla2_with_key_order(query, key, value, order, router, sparsity=0.7, **BLOCKS)
+    expected = sla2_attention(
+        query, reordered(key, order), reordered(value, order), router,
+        sparsity=0.7, impl="reference", **BLOCKS,
+    )  # fmt: skip
+    torch.testing.assert_close(output, expected)
+    plain = sla2_attention(query, key, value, router, sparsity=0.7, impl="reference", **BLOCKS)
+    assert (expected - plain).abs().max() > 0.01, "the order makes no difference"
+
+
+def test_gradients_are_those_of_moved_keys():
+    order, weight = random_order(), inputs(seed=3)[0]
+    parts = [part.requires_grad_() for part in inputs()]
+    output = sla2_with_key_order(*parts, order, sparsity=0.7, **BLOCKS)
+    found = torch.autograd.grad((output * weight).sum(), parts)
+    query, key, value = parts
+    expected = sla2_attention(
+        query, reordered(key, order), reordered(value, order),
+        sparsity=0.7, impl="reference", **BLOCKS,
+    )  # fmt: skip
+    torch.testing.assert_close(found, torch.autograd.grad((expected * weight).sum(), parts))
+
+
+def test_importance_is_the_mean_softmax_of_the_probes():
+    query, key, _ = inputs(64)
+    weights = torch.softmax(torch.einsum("blhd,bmhd->bhlm", query, key) / 8**0.5, -1)
+    torch.testing.assert_close(key_importance(query, key, probes=64), weights.mean(2))
+    torch.testing.assert_close(key_importance(query, key, probes=999), weights.mean(2))
+    torch.testing.assert_close(
+        key_importance(query, key, probes=2), weights[:, :, [16, 48]].mean(2)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 9, 100])
+def test_orders_are_permutations(kind, length):
+    query, key, _ = inputs(length)
+    order = make_key_order(kind, key_importance(query, key), segment=24, block_k=8)
+    assert (order.places.sort(-1).values == torch.arange(length)).all()
+
+
+def test_segments_are_sorted_within():
+    importance = torch.rand(2, 3, 100, generator=torch.Generator().manual_seed(1))
+    places = make_key_order("segment_sort", importance, segment=24).places
+    for start in range(0, 100, 24):
+        part = places[..., start : start + 24]
+        assert part.amin() >= start and part.amax() < start + 24
+        assert (importance.gather(-1, part).diff(dim=-1) <= 0).all()
+
+
+def test_hot_keys_lead_and_the_rest_stays_in_order():
+    importance = torch.rand(2, 3, 100, generator=torch.Generator().manual_seed(1))
+    order = make_key_order("hot_peel", importance, hot_share=0.1, block_k=8)
+    # 10 keys take two blocks of 8.
+    assert order.always.tolist() == [2, 2, 2]
+    hot, cold = order.places[..., :16], order.places[..., 16:]
+    assert (importance.gather(-1, hot).amin(-1) >= importance.gather(-1, cold).amax(-1)).all()
+    assert (cold.diff(dim=-1) > 0).all()
+
+
+def test_hot_blocks_are_kept_by_every_query():
+    query, key, value = inputs()
+    order = make_key_order("hot_peel", key_importance(query, key), hot_share=0.05, block_k=8)
+    hot = reordered(value, order)[:, :8]
+    # Values of the hot keys count exactly: with them alone selected, it is attention to them.
+    output = sla2_with_key_order(query, key, value, order, sparsity=0.99, **BLOCKS)
+    alone = dense_attention(query, reordered(key, order)[:, :8], hot)
+    rest = torch.zeros_like(value).scatter(
+        1, order.places[..., :8].transpose(1, 2)[..., None].expand(2, 8, 2, 8), hot
+    )
+    mixed = sla2_with_key_order(query, key, rest, order, sparsity=0.99, **BLOCKS)
+    # Where only they have values, the linear branch gives nothing: what is left is alpha of it.
+    alpha = (mixed / alone)[..., 0]
+    torch.testing.assert_close(mixed, alpha[..., None] * alone)
+    assert (alpha > 0).all() and (alpha <= 1).all()
+    assert output.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"13 key blocks are always kept, but sparsity 0.9 keeps 1"
+    ):
+        everything = make_key_order("hot_peel", key_importance(query, key), hot_share=1, block_k=8)
+        sla2_with_key_order(query, key, value, everything, sparsity=0.9, **BLOCKS)
+
+
+def local_and_hot(length=512, dim=16):
+    """A head whose queries look around themselves, and one whose queries want scattered keys."""
+    generator = torch.Generator().manual_seed(2)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * (
+        torch.tensor([0.5, 0.2, 0.07, 0.025, 0.012, 0.0062, 0.0031, 0.0016], dtype=torch.float64)
+    )
+    around = 2.8 * torch.cat((angle.cos(), angle.sin()), -1)
+    noise = torch.randn(length, dim, generator=generator, dtype=torch.float64)
+    wanted = torch.zeros(length, dtype=torch.float64)
+    wanted[torch.randperm(length, generator=generator)[:12]] = 1
+    direction = torch.ones(dim, dtype=torch.float64)
+    query = torch.stack((around, direction + 0.3 * noise), 1)
+    key = torch.stack((around, 2.5 * wanted[:, None] * direction + 0.3 * noise.flip(0)), 1)
+    return query[None], key[None]
+
+
+def test_each_head_gets_the_order_that_suits_it():
+    query, key = local_and_hot()
+    settings = {"block_q": 32, "block_k": 16, "segment": 128, "hot_share": 0.03, "every": 1}
+    kinds, densities = choose_key_orders(query, key, **settings)
+    assert kinds == ["identity", "hot_peel"]
+    # Sorting takes a local head apart, which is why it is not done to all.
+    assert densities["segment_sort"][0] > 1.5 * densities["identity"][0]
+    assert densities["hot_peel"][1] < 0.5 * densities["identity"][1]
+    importance = key_importance(query, key)
+    orders = {
+        kind: make_key_order(kind, importance, block_k=16, segment=128, hot_share=0.03)
+        for kind in KINDS
+    }
+    joined = join_key_orders(kinds, orders)
+    assert joined.always.tolist() == [0, 1]
+    density = density_at_recall(query, key, joined, block_q=32, block_k=16)
+    expected = torch.stack([densities[kind][head] for head, kind in enumerate(kinds)])
+    torch.testing.assert_close(density, expected)
+    assert (density <= densities["identity"]).all()
+
+
+def test_density_counts_blocks_until_the_mass_is_there():
+    query, key, _ = inputs(64, batch=1, heads=1)
+    order = make_key_order("identity", key_importance(query, key))
+    weights = torch.softmax(query[0, :, 0] @ key[0, :, 0].T / 8**0.5, -1)
+    # [M, N]
+    mass = weights.unflatten(0, (4, 16)).mean(1).unflatten(1, (8, 8)).sum(-1)
+    blocks = query[0, :, 0].unflatten(0, (4, 16)).mean(1)
+    smooth = key[0, :, 0] - key[0, :, 0].mean(0)
+    ranks = (blocks @ smooth.unflatten(0, (8, 8)).mean(1).T).argsort(-1, descending=True)
+    counts = []
+    for row, rank in zip(mass, ranks, strict=True):
+        total, count = 0.0, 0
+        while total < 0.8:
+            total += float(row[rank[count]])
+            count += 1
+        counts.append(count / 8)
+    found = density_at_recall(query, key, order, recall=0.8, **BLOCKS)
+    assert float(found) == pytest.approx(sum(counts) / 4)
+    assert float(density_at_recall(query, key, order, recall=1.0, **BLOCKS)) == pytest.approx(1)
+
+
+def test_bad_settings_are_refused():
+    importance = torch.rand(1, 1, 10)
+    with pytest.raises(ValueError, match="`kind` must be one of identity, segment_sort, hot_peel"):
+        make_key_order("sorted", importance)
+    with pytest.raises(ValueError, match=r"got 0 and 0\.02"):
+        make_key_order("segment_sort", importance, segment=0)
+    with pytest.raises(ValueError, match="got 512 and 0"):
+        make_key_order("hot_peel", importance, hot_share=0)
