@@ -37,7 +37,9 @@ EVERY = 8
 class Gate:
     """Full attention, which judges the kinds on one half of the batch and the gate on the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, recall: float, segment: int) -> None:
+        self.settings = {"recall": recall, "every": EVERY}
+        self.segment = segment
         self.chosen: list[KeyOrderKind] = []
         # Held-out densities by kind: of each layer `[H]`.
         self.densities: dict[str, list[Tensor]] = {}
@@ -47,11 +49,16 @@ class Gate:
         self, _processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         # Every other clip, so that both halves have high and low noise.
-        kinds, known = choose_key_orders(query[::2], key[::2], every=EVERY)
+        kinds, known = choose_key_orders(
+            query[::2], key[::2], segment=self.segment, **self.settings
+        )
         importance = key_importance(query[1::2], key[1::2])
         held_out = {
             kind: density_at_recall(
-                query[1::2], key[1::2], make_key_order(kind, importance), every=EVERY
+                query[1::2],
+                key[1::2],
+                make_key_order(kind, importance, segment=self.segment),
+                **self.settings,
             )
             for kind in known
         }
@@ -67,6 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--token-order", nargs="+", default=["raster"])
     parser.add_argument("--clips", type=int, default=1, help="held-out clips, at four noise levels")
+    parser.add_argument("--recall", type=float, default=0.95)
+    parser.add_argument("--segment", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     folder = find_model("tiny-wan").folder
@@ -74,10 +83,12 @@ def main() -> None:
     device = torch.device(args.device)
     pipe = load_pipeline(folder, device=device, dtype=torch.float32, offload=False)
     probe = make_probe(pipe, clips=args.clips)
-    print("| token order | identity | segment sort | hot-peel | gated | worst head | chosen |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| token order | identity | segment sort | hot-peel | gated | where used | worst head "
+        "| chosen |\n|---|---|---|---|---|---|---|---|"
+    )
     for name in args.token_order:
-        gate = Gate()
+        gate = Gate(args.recall, args.segment)
         with enable_sla(pipe, config=SLAConfig(token_order=name)) as handle, torch.no_grad():
             for processor in handle.processors.values():
                 processor.attention = gate
@@ -85,12 +96,13 @@ def main() -> None:
         every = {kind: torch.stack(found) for kind, found in gate.densities.items()}
         gated = torch.stack(gate.gated)
         means = " | ".join(f"{float(density.mean()):.3f}" for density in every.values())
-        worst = float((gated / every["identity"]).max() - 1)
+        ratio = (gated / every["identity"]).flatten()
+        worst = float(ratio.max() - 1)
+        used = torch.tensor([kind != "identity" for kind in gate.chosen])
+        where_used = f"{float(ratio[used].mean() - 1):+.1%}" if used.any() else "-"
         chosen = ", ".join(f"{kind} {count}" for kind, count in Counter(gate.chosen).items())
-        print(
-            f"| {name} | {means} | {float(gated.mean()):.3f} | {worst:+.1%} | {chosen} |",
-            flush=True,
-        )
+        row = [name, means, f"{float(gated.mean()):.3f}", where_used, f"{worst:+.1%}", chosen]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

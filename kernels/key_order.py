@@ -7,42 +7,22 @@ for each head, offline, by the share of blocks that it needs (`choose_key_orders
 
 A language model's last block of queries says which keys matter. Video attention has no last block:
 probes are spread over all queries. Queries keep their order, for blocks of them share a selection.
-Orders are lists of places and K and V are not copied: `sla2_with_key_order` says how an
-implementation finds its keys. Letters: B batch, H heads, L tokens, D head dimension, M query
-blocks, N key blocks.
+Orders are lists of places, which the operator takes (`key_places`). Letters: B batch, H heads,
+L tokens, D head dimension, M query blocks, N key blocks.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sla_video.kernels.options import num_selected
-from sla_video.kernels.reference import (
-    block_scores,
-    linear_branch,
-    mix_weight,
-    sparse_branch,
-    top_k_mask,
-)
+from sla_video.kernels.key_places import KeyOrder, leading_first
+from sla_video.kernels.reference import block_scores
 from sla_video.kernels.router import Router
-from sla_video.kernels.token_order import inverse_order
 
 KeyOrderKind = Literal["identity", "segment_sort", "hot_peel"]
-
-
-class KeyOrder(NamedTuple):
-    """Where the keys of each head are.
-
-    Attributes:
-        places: `[B, H, L]` int64; block n of head h holds the tokens `places[b, h, n * block_k:]`.
-        always: `[H]` int64: leading blocks that every query keeps.
-    """
-
-    places: Tensor
-    always: Tensor
 
 
 def key_importance(query: Tensor, key: Tensor, probes: int = 128) -> Tensor:
@@ -162,8 +142,10 @@ def density_at_recall(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     # [B, H, L, D]
     q, k = (part.transpose(1, 2).to(dtype) for part in (query, key))
-    ordered = _take(k - k.mean(2, keepdim=True), order.places)
-    scores = _ranked(block_scores(q, ordered, router, block_q, block_k), order.always)
+    smooth = k - k.mean(2, keepdim=True)
+    ordered = smooth.gather(2, order.places.long()[..., None].expand_as(smooth))
+    scores = block_scores(q, ordered, router, block_q, block_k)
+    scores = leading_first(scores, order.always, scores.shape[-1])
     masses = []
     for rows in q.split(block_q, 2)[::every]:
         weights = torch.softmax(rows @ ordered.mT / q.shape[-1] ** 0.5, -1).mean(2)
@@ -178,70 +160,8 @@ def density_at_recall(
     return needed.to(dtype).mean((0, 2)) / mass.shape[-1]
 
 
-def sla2_with_key_order(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: KeyOrder,
-    router: Router | None = None,
-    *,
-    sparsity: float = 0.95,
-    block_q: int = 128,
-    block_k: int = 64,
-) -> Tensor:
-    """SLA2 whose key blocks hold the keys that `order` says: the specification.
-
-    Only block means and the list of a block's tokens know of the order. Keys and values stay where
-    they are, and so do the queries, so that the output `[B, L, H, D]` needs no way back.
-
-    Raises:
-        ValueError: more blocks are always kept than `sparsity` leaves.
-    """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    # [B, H, L, D]
-    q, k, v = (part.transpose(1, 2).to(dtype) for part in (query, key, value))
-    smooth = k - k.mean(2, keepdim=True)
-    scores = block_scores(q, _take(smooth, order.places), router, block_q, block_k)
-    count = num_selected(sparsity, scores.shape[-1])
-    if int(order.always.max()) > count:
-        raise ValueError(
-            f"{int(order.always.max())} key blocks are always kept, but sparsity {sparsity} keeps "
-            f"{count} of {scores.shape[-1]}: peel off a smaller share, or lower the sparsity"
-        )
-    keep = top_k_mask(_ranked(scores, order.always), count)
-    tokens = torch.tensor([part.shape[2] for part in k.split(block_k, 2)]).to(scores)
-    log_mass = torch.log_softmax(scores + tokens.log(), -1)
-    log_keep, log_drop = keep.to(dtype).log(), (~keep).to(dtype).log()
-    alpha = mix_weight(log_mass, log_keep, log_drop, router)
-    # The block of each token, where it lies: [B, H, L].
-    flat = order.places.flatten(0, 1)
-    block_of = torch.stack([inverse_order(row) for row in flat]).view_as(order.places) // block_k
-    outputs = []
-    for m, rows in enumerate(q.split(block_q, 2)):
-        on_tokens = log_keep[:, :, m].gather(-1, block_of)[:, :, None]
-        drop = log_drop[:, :, m].exp().gather(-1, block_of)[:, :, None]
-        sparse, _ = sparse_branch(rows, k, v, on_tokens, block_k, "bf16")
-        linear = linear_branch(torch.softmax(rows, -1), torch.softmax(smooth, -1), v, drop)
-        a = alpha[:, :, m, None, None]
-        outputs.append(a * sparse + (1 - a) * linear)
-    return torch.cat(outputs, 2).transpose(1, 2).to(query.dtype)
-
-
 def join_key_orders(kinds: list[KeyOrderKind], orders: dict[KeyOrderKind, KeyOrder]) -> KeyOrder:
     """The order in which head h is of kind `kinds[h]`."""
     places = [orders[kind].places[:, head] for head, kind in enumerate(kinds)]
     always = [orders[kind].always[head] for head, kind in enumerate(kinds)]
     return KeyOrder(torch.stack(places, 1), torch.stack(always))
-
-
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    """The tokens of `[B, H, L, D]` in that order."""
-    return x.gather(2, places[..., None].expand_as(x))
-
-
-def _ranked(scores: Tensor, always: Tensor) -> Tensor:
-    """Scores `[B, H, M, N]` with those of blocks that are always kept above all others."""
-    block = torch.arange(scores.shape[-1], device=scores.device)
-    # [H, 1, N]
-    kept = (block < always[:, None])[:, None]
-    return scores.masked_fill(kept, torch.inf)
