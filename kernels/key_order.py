@@ -13,32 +13,55 @@ L tokens, D head dimension, M query blocks, N key blocks.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sla_video.kernels.key_places import KeyOrder, leading_first
 from sla_video.kernels.reference import block_scores
 from sla_video.kernels.router import Router
+from sla_video.kernels.routing import compute_dtype
 
 KeyOrderKind = Literal["identity", "segment_sort", "hot_peel"]
 
+# Share of the keys that "hot_peel" moves.
+HOT_SHARE = 0.02
+# Logits of one chunk of `key_importance`, in elements: 256 MiB in float32.
+_CHUNK_ELEMENTS = 64 * 2**20
 
+
+@torch.no_grad()
 def key_importance(query: Tensor, key: Tensor, probes: int = 128) -> Tensor:
     """Mean softmax weight `[B, H, L]` of each key, over `probes` queries evenly spread.
+
+    Of 16-bit inputs the logits are rounded, which is enough to sort by. Memory is bounded.
 
     Args:
         query, key: `[B, L, H, D]`.
     """
-    length = query.shape[1]
+    batch, length, heads, head_dim = query.shape
     count = min(probes, length)
     # The middle of each of `count` equal runs.
     rows = ((torch.arange(count, device=query.device) + 0.5) * length / count).long()
-    q, k = query[:, rows].transpose(1, 2), key.transpose(1, 2)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    logits = q.to(dtype) @ k.to(dtype).mT / query.shape[-1] ** 0.5
-    return torch.softmax(logits, -1).mean(2)
+    # [B, H, probes, D] and [B, H, D, L]
+    q = query.index_select(1, rows).transpose(1, 2) * head_dim**-0.5
+    k = key.permute(0, 2, 3, 1)
+    some = max(1, _CHUNK_ELEMENTS // (batch * count * length))
+    importance = torch.empty(
+        batch, heads, length, dtype=compute_dtype(query.dtype), device=query.device
+    )
+    for h in range(0, heads, some):
+        logits = q[:, h : h + some] @ k[:, h : h + some]
+        importance[:, h : h + some] = torch.softmax(logits, -1, dtype=importance.dtype).mean(2)
+    return importance
+
+
+def hot_blocks(length: int, block_k: int, hot_share: float, most: int | None = None) -> int:
+    """How many leading blocks "hot_peel" fills, at most `most`."""
+    blocks = -(-max(1, round(hot_share * length)) // block_k)
+    return blocks if most is None else min(blocks, most)
 
 
 def make_key_order(
@@ -47,15 +70,17 @@ def make_key_order(
     *,
     block_k: int = 64,
     segment: int = 512,
-    hot_share: float = 0.02,
+    hot_share: float = HOT_SHARE,
+    most_hot: int | None = None,
 ) -> KeyOrder:
     """The order of one kind for all heads.
 
     Args:
         kind: "identity"; "segment_sort": by falling importance within each run of `segment`
             tokens; "hot_peel": the most important `hot_share` of the keys, rounded up to blocks,
-            before all others, which keep their order.
+            before all others; both they and the others keep their order.
         importance: `[B, H, L]` of `key_importance`.
+        most_hot: at most so many blocks of hot keys.
 
     Raises:
         ValueError: an unknown kind, or numbers out of range.
@@ -68,19 +93,40 @@ def make_key_order(
             f"`segment` must be at least 1 and `hot_share` in (0, 1], got {segment} and {hot_share}"
         )
     heads, length = importance.shape[1:]
-    always = torch.zeros(heads, dtype=torch.int64, device=importance.device)
-    falling = importance.argsort(dim=-1, descending=True, stable=True)
+    always = torch.zeros(heads, dtype=torch.int32, device=importance.device)
     if kind == "identity":
-        places = torch.arange(length, device=importance.device).expand(importance.shape)
+        token = torch.arange(length, dtype=torch.int32, device=importance.device)
+        places = token.expand(importance.shape)
     elif kind == "segment_sort":
-        places = falling.gather(-1, (falling // segment).argsort(dim=-1, stable=True))
+        places = _sorted_in_segments(importance, segment)
     else:
-        blocks = -(-max(1, round(hot_share * length)) // block_k)
-        cold = torch.ones(importance.shape, dtype=torch.int64, device=importance.device)
-        cold.scatter_(-1, falling[..., : blocks * block_k], 0)
-        places = cold.argsort(dim=-1, stable=True)
+        blocks = hot_blocks(length, block_k, hot_share, most_hot)
+        places = _hot_first(importance, min(blocks * block_k, length))
         always += blocks
     return KeyOrder(places, always)
+
+
+def _sorted_in_segments(importance: Tensor, segment: int) -> Tensor:
+    """Places `[B, H, L]` by falling importance in each segment; equal ones keep their order."""
+    length = importance.shape[-1]
+    count = -(-length // segment)
+    padded = F.pad(importance, (0, count * segment - length), value=-torch.inf)
+    runs = padded.unflatten(-1, (count, segment))
+    best_first = runs.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(0, count * segment, segment, device=importance.device)
+    # What is not there comes last, and is cut off.
+    places: Tensor = (best_first + first[:, None]).flatten(-2)[..., :length]
+    return places.to(torch.int32)
+
+
+def _hot_first(importance: Tensor, count: int) -> Tensor:
+    """Places `[B, H, L]` of the `count` most important keys and then of the others."""
+    hot = torch.zeros(importance.shape, dtype=torch.int32, device=importance.device)
+    hot.scatter_(-1, importance.topk(count, sorted=False).indices, 1)
+    before = hot.cumsum(-1, dtype=torch.int32)
+    token = torch.arange(hot.shape[-1], dtype=torch.int32, device=hot.device)
+    position = torch.where(hot > 0, before - 1, count + token - before)
+    return torch.empty_like(hot).scatter_(-1, position.long(), token.expand(hot.shape))
 
 
 def choose_key_orders(
@@ -94,7 +140,7 @@ def choose_key_orders(
     block_k: int = 64,
     every: int = 4,
     segment: int = 512,
-    hot_share: float = 0.02,
+    hot_share: float = HOT_SHARE,
 ) -> tuple[list[KeyOrderKind], dict[KeyOrderKind, Tensor]]:
     """For each head the kind that needs the least density, on captured queries and keys.
 
@@ -116,30 +162,62 @@ def choose_key_orders(
         densities[kind] = density_at_recall(
             query, key, order, router, recall=recall, block_q=block_q, block_k=block_k, every=every
         )
-    limit = densities["identity"] * (1 - least_gain)
+    return least_density(densities, least_gain), densities
+
+
+def least_density(densities: dict[KeyOrderKind, Tensor], least_gain: float) -> list[KeyOrderKind]:
+    """For each head the kind of the least density, "identity" where that saves too little."""
+    table = {kind: density.tolist() for kind, density in densities.items()}
     chosen: list[KeyOrderKind] = []
-    for head in range(query.shape[2]):
-        best = min(densities, key=lambda kind: float(densities[kind][head]))
-        chosen.append(best if densities[best][head] <= limit[head] else "identity")
-    return chosen, densities
+    for head, limit in enumerate(table["identity"]):
+        best = min(table, key=lambda kind: table[kind][head])
+        chosen.append(best if table[best][head] <= limit * (1 - least_gain) else "identity")
+    return chosen
+
+
+class OrderMeasures(NamedTuple):
+    """What an order of keys is worth, `[H]` each, mean over batch and query blocks.
+
+    Attributes:
+        density: share of the key blocks that reach the recall asked for, best scores of the router
+            first.
+        recall: softmax mass of as many blocks as were asked for.
+    """
+
+    density: Tensor
+    recall: Tensor
 
 
 def density_at_recall(
+    query: Tensor, key: Tensor, order: KeyOrder, router: Router | None = None, **settings: Any
+) -> Tensor:
+    """The density of `measure_order`."""
+    return measure_order(query, key, order, router, **settings).density
+
+
+@torch.no_grad()
+def measure_order(
     query: Tensor,
     key: Tensor,
     order: KeyOrder,
     router: Router | None = None,
     *,
     recall: float = 0.95,
+    selected: int = 1,
     block_q: int = 128,
     block_k: int = 64,
     every: int = 1,
-) -> Tensor:
-    """Share `[H]` of the key blocks that reach `recall`, best scores of the router first.
+) -> OrderMeasures:
+    """What the key blocks of an order hold, at one query block in `every`.
 
-    Mean over batch and query blocks. The mass of a block is that of all queries of a query block.
+    The mass of a block is that of all queries of a query block.
+
+    Args:
+        query, key: `[B, L, H, D]`.
+        recall: softmax mass that the density has to reach.
+        selected: blocks whose mass is the recall.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(query.dtype)
     # [B, H, L, D]
     q, k = (part.transpose(1, 2).to(dtype) for part in (query, key))
     smooth = k - k.mean(2, keepdim=True)
@@ -157,7 +235,8 @@ def density_at_recall(
     needed = (reached < recall).sum(-1) + 1
     # All the mass may add up to less than a recall of one.
     needed = needed.clamp(min=1, max=mass.shape[-1]).maximum(order.always[:, None])
-    return needed.to(dtype).mean((0, 2)) / mass.shape[-1]
+    density = needed.to(dtype).mean((0, 2)) / mass.shape[-1]
+    return OrderMeasures(density, reached[..., selected - 1].mean((0, 2)))
 
 
 def join_key_orders(kinds: list[KeyOrderKind], orders: dict[KeyOrderKind, KeyOrder]) -> KeyOrder:
