@@ -13,14 +13,14 @@ L tokens, D head dimension, M query blocks, N key blocks.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla_video.kernels.key_places import KeyOrder, leading_first
-from sla_video.kernels.reference import block_scores
+from sla_video.kernels.key_order_measures import measure_orders
+from sla_video.kernels.key_places import KeyOrder
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import compute_dtype
 
@@ -134,34 +134,32 @@ def choose_key_orders(
     key: Tensor,
     router: Router | None = None,
     *,
-    recall: float = 0.95,
     least_gain: float = 0.02,
-    block_q: int = 128,
-    block_k: int = 64,
-    every: int = 4,
     segment: int = 512,
     hot_share: float = HOT_SHARE,
+    block_k: int = 64,
+    every: int = 4,
+    **settings: Any,
 ) -> tuple[list[KeyOrderKind], dict[KeyOrderKind, Tensor]]:
     """For each head the kind that needs the least density, on captured queries and keys.
 
     Args:
         query, key: `[B, L, H, D]`, as captured.
-        recall: softmax mass to reach.
         least_gain: share of the density that a kind other than "identity" has to save.
-        every: looks at one query block in so many.
+        settings: of `measure_orders`, as `every` and block_k.
 
     Returns:
         the kinds of the heads, and the density `[H]` that each kind needs.
     """
     importance = key_importance(query, key)
-    densities: dict[KeyOrderKind, Tensor] = {}
-    for kind in get_args(KeyOrderKind):
-        order = make_key_order(
+    orders = {
+        kind: make_key_order(
             kind, importance, block_k=block_k, segment=segment, hot_share=hot_share
         )
-        densities[kind] = density_at_recall(
-            query, key, order, router, recall=recall, block_q=block_q, block_k=block_k, every=every
-        )
+        for kind in get_args(KeyOrderKind)
+    }
+    measures = measure_orders(query, key, orders, router, block_k=block_k, every=every, **settings)
+    densities = {kind: measure.density for kind, measure in measures.items()}
     return least_density(densities, least_gain), densities
 
 
@@ -173,70 +171,6 @@ def least_density(densities: dict[KeyOrderKind, Tensor], least_gain: float) -> l
         best = min(table, key=lambda kind: table[kind][head])
         chosen.append(best if table[best][head] <= limit * (1 - least_gain) else "identity")
     return chosen
-
-
-class OrderMeasures(NamedTuple):
-    """What an order of keys is worth, `[H]` each, mean over batch and query blocks.
-
-    Attributes:
-        density: share of the key blocks that reach the recall asked for, best scores of the router
-            first.
-        recall: softmax mass of as many blocks as were asked for.
-    """
-
-    density: Tensor
-    recall: Tensor
-
-
-def density_at_recall(
-    query: Tensor, key: Tensor, order: KeyOrder, router: Router | None = None, **settings: Any
-) -> Tensor:
-    """The density of `measure_order`."""
-    return measure_order(query, key, order, router, **settings).density
-
-
-@torch.no_grad()
-def measure_order(
-    query: Tensor,
-    key: Tensor,
-    order: KeyOrder,
-    router: Router | None = None,
-    *,
-    recall: float = 0.95,
-    selected: int = 1,
-    block_q: int = 128,
-    block_k: int = 64,
-    every: int = 1,
-) -> OrderMeasures:
-    """What the key blocks of an order hold, at one query block in `every`.
-
-    The mass of a block is that of all queries of a query block.
-
-    Args:
-        query, key: `[B, L, H, D]`.
-        recall: softmax mass that the density has to reach.
-        selected: blocks whose mass is the recall.
-    """
-    dtype = compute_dtype(query.dtype)
-    # [B, H, L, D]
-    q, k = (part.transpose(1, 2).to(dtype) for part in (query, key))
-    smooth = k - k.mean(2, keepdim=True)
-    ordered = smooth.gather(2, order.places.long()[..., None].expand_as(smooth))
-    scores = block_scores(q, ordered, router, block_q, block_k)
-    scores = leading_first(scores, order.always, scores.shape[-1])
-    masses = []
-    for rows in q.split(block_q, 2)[::every]:
-        weights = torch.softmax(rows @ ordered.mT / q.shape[-1] ** 0.5, -1).mean(2)
-        masses.append(torch.stack([part.sum(-1) for part in weights.split(block_k, -1)], -1))
-    # [B, H, M', N]
-    mass = torch.stack(masses, 2)
-    best_first = scores[:, :, ::every].argsort(dim=-1, descending=True, stable=True)
-    reached = mass.gather(-1, best_first).cumsum(-1)
-    needed = (reached < recall).sum(-1) + 1
-    # All the mass may add up to less than a recall of one.
-    needed = needed.clamp(min=1, max=mass.shape[-1]).maximum(order.always[:, None])
-    density = needed.to(dtype).mean((0, 2)) / mass.shape[-1]
-    return OrderMeasures(density, reached[..., selected - 1].mean((0, 2)))
 
 
 def join_key_orders(kinds: list[KeyOrderKind], orders: dict[KeyOrderKind, KeyOrder]) -> KeyOrder:

@@ -7,11 +7,11 @@ import torch
 
 from sla_video.kernels.key_order import (
     choose_key_orders,
-    density_at_recall,
     join_key_orders,
     key_importance,
     make_key_order,
 )
+from sla_video.kernels.key_order_measures import measure_orders
 
 BLOCKS = {"block_q": 16, "block_k": 8}
 KINDS = ("identity", "segment_sort", "hot_peel")
@@ -91,7 +91,8 @@ def test_each_head_gets_the_order_that_suits_it():
     }
     joined = join_key_orders(kinds, orders)
     assert joined.always.tolist() == [0, 1]
-    density = density_at_recall(query, key, joined, block_q=32, block_k=16)
+    found = measure_orders(query, key, {"joined": joined}, selected=9, block_q=32, block_k=16)
+    density = found["joined"].density
     expected = torch.stack([densities[kind][head] for head, kind in enumerate(kinds)])
     torch.testing.assert_close(density, expected)
     assert (density <= densities["identity"]).all()
@@ -113,9 +114,12 @@ def test_density_counts_blocks_until_the_mass_is_there():
             total += float(row[rank[count]])
             count += 1
         counts.append(count / 8)
-    found = density_at_recall(query, key, order, recall=0.8, **BLOCKS)
-    assert float(found) == pytest.approx(sum(counts) / 4)
-    assert float(density_at_recall(query, key, order, recall=1.0, **BLOCKS)) == pytest.approx(1)
+    found = measure_orders(query, key, {"it": order}, recall=0.8, selected=3, **BLOCKS)["it"]
+    assert float(found.density) == pytest.approx(sum(counts) / 4)
+    best = torch.stack([row[rank[:3]].sum() for row, rank in zip(mass, ranks, strict=True)])
+    assert float(found.recall) == pytest.approx(float(best.mean()))
+    found = measure_orders(query, key, {"it": order}, recall=1.0, **BLOCKS)["it"]
+    assert float(found.density) == pytest.approx(1)
 
 
 def test_bad_settings_are_refused():
