@@ -53,13 +53,13 @@ def attention(heads, head_dim, dtype, *, eps=1e-6):
 def launches(monkeypatch):
     """Shapes that the kernel was called with."""
     found = []
-    real = triton_rotary._norm_rotate
+    real = triton_rotary._launch
 
-    def record(query, *arguments):
+    def record(query, *arguments, **settings):
         found.append(tuple(query.shape))
-        return real(query, *arguments)
+        return real(query, *arguments, **settings)
 
-    monkeypatch.setattr(triton_rotary, "_norm_rotate", record)
+    monkeypatch.setattr(triton_rotary, "_launch", record)
     return found
 
 
