@@ -184,13 +184,41 @@ def sla2_attention(
         max_selected=max_selected,
         tau=tau,
     )
+    return attend(
+        query,
+        key,
+        value,
+        router,
+        options,
+        impl,
+        return_lse,
+        context=context,
+        mask=context_mask,
+        key_order=key_order,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    router: Router | None,
+    options: Options,
+    impl: Implementation,
+    return_lse: bool,
+    *,
+    context: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+    key_order: KeyOrder | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`sla2_attention` with its options put together; raises what it raises."""
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_tensors(query, key, value, router)
-    extra = check_context(context, context_mask, query, cast=torch.is_autocast_enabled(device))
-    order = check_key_order(key_order, query, selection)
+    extra = check_context(context, mask, query, cast=torch.is_autocast_enabled(device))
+    order = check_key_order(key_order, query, options.selection)
     run = _choose(impl, query, options)
     # The operator picks the precision of each step itself.
     with torch.autocast(device, enabled=False):

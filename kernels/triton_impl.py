@@ -7,6 +7,7 @@
                         O = alpha O_s + (1 - alpha) O_l (`triton_linear`)
     triton_autograd     the last two and their gradients, `triton_backward`, as one operator
     triton_key_order    the forward alone, where heads have an order of their keys
+    triton_in_place     the same two with the output in place of Q, where nobody asks for gradients
     triton_context      attention to a context, where there is one and nobody asks for gradients
     triton_soft         in its place, and that of routing, where the selection is soft
 
@@ -27,6 +28,7 @@ from sla_video.kernels.router import Router
 from sla_video.kernels.triton_autograd import mixed_attention
 from sla_video.kernels.triton_backward_routing import with_block_means
 from sla_video.kernels.triton_context import mix_context
+from sla_video.kernels.triton_in_place import attention_in_query
 from sla_video.kernels.triton_key_order import ordered_attention, places_or_move
 from sla_video.kernels.triton_routing import plan_blocks
 from sla_video.kernels.triton_soft import soft_attention
@@ -100,14 +102,20 @@ def sla2_triton(
             always,
         )
         alpha = plan.alpha
-        if places is None:
-            out, lse = mixed_attention(
-                query, key, value, statistics, plan, options, need_lse=want_lse
-            )
-        else:
+        # A context is attended to after that, by the queries as they were.
+        over_query = (
+            options.overwrite_query
+            and context is None
+            and query.is_contiguous()
+            and not needs_gradients(query, key, value, alpha)
+        )
+        if places is not None:
             out, lse = ordered_attention(
                 query, key, value, places, statistics, plan, options, need_lse=want_lse
             )
+        else:
+            attention = attention_in_query if over_query else mixed_attention
+            out, lse = attention(query, key, value, statistics, plan, options, need_lse=want_lse)
     if context is not None and lse is not None:
         if needs_gradients(query, out, lse, alpha, context.key, context.value):
             out = with_context(query, out, lse, alpha, block_q, context)

@@ -13,6 +13,7 @@ from pathlib import Path
 from sla_video.config import SLAConfig
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.model_source import EMBEDDED_MODEL
+from sla_video.pipelines.sparse_format import check_format
 
 _MAX_SEED = 2**63 - 1
 # As `routers`: the training-free mode, also for a model that comes with routers.
@@ -33,6 +34,8 @@ class GenerationRequest:
         dense: keep the model's own full attention.
         dense_steps: how many of the first steps keep it; they fix the layout of the video.
         token_order: of `SLAConfig`; `None` takes that of the routers, or raster order.
+        sparse_dtype: number format of the sparse branch; `None` takes that of routers trained with
+            a low-bit one, else the fastest that the device has.
         steps: denoising steps.
         guidance_scale: weight of the prompt; 1 or less turns classifier-free guidance off.
         negative_prompt: what to move away from, with guidance.
@@ -66,6 +69,7 @@ class GenerationRequest:
     dense: bool = False
     dense_steps: int | None = None
     token_order: str | None = None
+    sparse_dtype: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -93,7 +97,7 @@ class GenerationRequest:
             raise InputError('no prompt given: for instance "a red circle moves left"')
         if any(not prompt.strip() for prompt in self.prompts):
             raise InputError("`prompt` is empty: say what the video should show")
-        of_sparse = ("routers", "sparsity", "dense_steps", "token_order")
+        of_sparse = ("routers", "sparsity", "dense_steps", "token_order", "sparse_dtype")
         given = [name for name in of_sparse if getattr(self, name) is not None]
         if self.dense and given:
             raise InputError(f"`dense` is full attention and takes no `{given[0]}`: leave one out")
@@ -103,6 +107,8 @@ class GenerationRequest:
             check_sparsity(self.sparsity)
         if self.token_order is not None:
             check_token_order(self.token_order)
+        if self.sparse_dtype is not None:
+            check_format(self.sparse_dtype)
         _check_whole("steps", self.steps, 1, _MAX_STEPS)
         _check_whole("dense_steps", self.dense_steps, 0, _MAX_STEPS)
         _check_whole("frames", self.frames, 1)

@@ -19,21 +19,6 @@ if TYPE_CHECKING:
     from sla_video.kernels.options import SparseDtype
 
 
-def fastest_format(device: torch.device) -> SparseDtype:
-    """What is fastest on GPUs of its kind.
-
-    Hopper adds FP8 products with too few bits, so that each block's has to be added apart, which
-    takes what it saves (`kernels/README.md`). Before Ada there is no FP8.
-    """
-    import torch
-
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 9) or capability == (9, 0):
-            return "int8"
-    return "int8_fp8"
-
-
 def report_on_gpu(
     shapes: Sequence[Shape],
     sparsities: Sequence[float],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from sla_video.config import SLAConfig
 from sla_video.kernels.api import num_selected, sla2_attention
 from sla_video.kernels.key_places import KeyOrder
+from sla_video.kernels.over_query import attention_over_query
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.errors import InputError
@@ -209,22 +211,22 @@ class SLAAttnProcessor(nn.Module):
             return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
     def _operate(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any
     ) -> torch.Tensor:
-        """An `Operate`; `context` is what `sla2_attention` calls `context` and `context_mask`."""
+        """An `Operate`, `how` being its keyword arguments."""
         self._follow(query.device)
         if self._ulysses is None:
-            return self._run(query, key, value, **context)
-        assert not context, "families with a context are not shardable"
-        return self._ulysses.attend(self._run, query, key, value)
+            return self._run(query, key, value, **how)
+        assert not how.keys() - {"own_query"}, "families with a context are not shardable"
+        return self._ulysses.attend(partial(self._run, **how), query, key, value)
 
     def _run(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any
     ) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
         if self.attention is None:
-            return self._operator(query, key, value, **context)
-        if context:
+            return self._operator(query, key, value, **how)
+        if how.keys() - {"own_query"}:
             raise InputError(
                 f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
                 "attend to each other, and training knows video alone"
@@ -249,7 +251,13 @@ class SLAAttnProcessor(nn.Module):
         return self.key_order(query, key, heads)
 
     def _operator(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        own_query: bool = False,
+        **context: Any,
     ) -> torch.Tensor:
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
@@ -257,6 +265,11 @@ class SLAAttnProcessor(nn.Module):
         context["key_order"] = self._order_keys(query, key)
         if observe:
             self._observe(query, key, context["key_order"])
+        # The recorder compares the output with that of the query; an order of keys has its own way.
+        alone = not any(extra is not None for extra in context.values())
+        if own_query and alone and not (observe and self.recorder.needs_lse):
+            router, options = self.local_router, self.operator_options
+            return attention_over_query(query, key, value, router, **options)
         result = sla2_attention(
             query,
             key,

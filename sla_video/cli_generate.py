@@ -53,6 +53,13 @@ def generate(
     ] = False,
     dense_steps: DenseSteps = None,
     token_order: TokenOrder = None,
+    sparse_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of the sparse branch: bf16, int8, int8_fp8 or int8_int8.  "
+            "[default: that of low-bit routers; else bf16, on a GPU the fastest it has]"
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
     ] = None,
@@ -149,6 +156,7 @@ def generate(
             dense=dense,
             dense_steps=dense_steps,
             token_order=token_order,
+            sparse_dtype=sparse_dtype,
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,

@@ -104,7 +104,7 @@ class TestBenchOnAGpu:
         pytest.importorskip("triton", reason="Triton has no build for this platform")
         from sla_video.kernels import gpu_bench, peers
 
-        monkeypatch.setattr(attention_bench, "_has_kernels", lambda *_: True)
+        monkeypatch.setattr(attention_bench, "has_kernels", lambda *_: True)
         monkeypatch.setattr(peers.Peer, "installed", lambda self: None)
         monkeypatch.setattr(gpu_bench, "GROWTH_LENGTHS", (70, 90))
         small = gpu_bench.Shape(name="small", length=100, heads=1, head_dim=32)
