@@ -14,19 +14,17 @@ capability 8.0; FP8 8.9.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.options import SparseDtype
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_linear import linear_rows
 from sla_video.kernels.triton_prepare import KeyOperands
 from sla_video.kernels.triton_sparse import sparse_rows
 from sla_video.kernels.triton_tiles import (
-    LaunchConfig,
-    capability,
     launch_on,
     load_rows,
     padded_dim,
@@ -194,29 +192,6 @@ def _attend_kernel(
             store_rows(out_block_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
 
 
-# By GPU generation and arithmetic, for heads of more than 64 columns. Those of generation 0 are
-# safe: their tiles fit the 99 KiB of shared memory of the smallest GPUs.
-_CONFIGS = {
-    (9, "bf16"): LaunchConfig(8, 3),
-    (9, "int8"): LaunchConfig(4, 5),
-    (9, "int8_fp8"): LaunchConfig(8, 5, 128),
-    (9, "int8_int8"): LaunchConfig(8, 3),
-    (0, "bf16"): LaunchConfig(8, 2),
-    (0, "int8"): LaunchConfig(8, 2),
-    (0, "int8_fp8"): LaunchConfig(8, 2),
-    (0, "int8_int8"): LaunchConfig(8, 2),
-}
-
-
-def _config(query: Tensor, sparse_dtype: SparseDtype, pad: int) -> LaunchConfig:
-    if query.dtype == torch.float32:
-        return LaunchConfig(8, 1)
-    if pad < 128:
-        return LaunchConfig(4, 3)
-    generation = capability(query.device)[0]
-    return _CONFIGS.get((generation, sparse_dtype), _CONFIGS[0, sparse_dtype])
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -263,7 +238,7 @@ def attend(
     pad = padded_dim(head_dim)
     assert (low_query is None) == (operands.low_keys is None), "Q and K are multiplied as one type"
     assert (alpha is None) == (sums is None), "the mix takes a weight and what to mix"
-    config = _config(query, sparse_dtype, pad)
+    config = launch_config("attend", query, block_q=block_q, block_k=block_k, variant=sparse_dtype)
     with launch_on(query):
         _attend_kernel[(num_blocks(length, block_q), batch * heads)](
             query,

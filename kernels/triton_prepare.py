@@ -28,12 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
+from sla_video.kernels.launch_lists import LaunchConfig
 from sla_video.kernels.options import PhiK, SparseDtype
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_tiles import (
-    LaunchConfig,
     blocks_per_program,
-    capability,
     launch_on,
     matrix_order,
     multiprocessors,
@@ -207,17 +207,11 @@ def _prepare_keys_kernel(
                     tl.store(state_ptr + square, state.to(states_ptr.dtype.element_ty))
 
 
-def _config(key: Tensor, block_k: int, pad: int, need_states: bool) -> LaunchConfig:
+def _config(key: Tensor, block_k: int, need_states: bool) -> LaunchConfig:
     if not need_states:
         return LaunchConfig(4, 1)
-    if key.dtype == torch.float32:
-        return LaunchConfig(8 if pad == 128 else 4, 1)
-    if pad < 128:
-        return LaunchConfig(4, 3)
-    if capability(key.device)[0] == 9:
-        # Two programs share a multiprocessor.
-        return LaunchConfig(8, 4, max_registers=128 if block_k <= 64 else None)
-    return LaunchConfig(8, 2 if block_k <= 64 else 1)
+    variant = "" if block_k <= 64 else "long blocks"
+    return launch_config("prepare_keys", key, block_k=block_k, variant=variant)
 
 
 def prepare_keys(
@@ -296,6 +290,6 @@ def prepare_keys(
             SPARSE_DTYPE=sparse_dtype,
             SMOOTH_FEATURES=phi_k == "smoothed",
             COLUMNS=min(pad, 64),
-            **_config(key, block_k, pad, need_states).keywords(),
+            **_config(key, block_k, need_states).keywords(),
         )
     return operands

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_tiles import (
     launch_on,
@@ -202,6 +203,7 @@ def _block_statistics(
     low_query = torch.empty(low_shape, dtype=torch.int8, device=query.device)
     query_scale = empty(batch, heads, num_q) if need_low_query else empty(0)
     columns = 32
+    config = launch_config("block_statistics", query, block_q=block_q, block_k=block_k)
     with launch_on(query):
         _block_statistics_kernel[((num_q + num_k) * batch * heads,)](
             query,
@@ -225,8 +227,8 @@ def _block_statistics(
             D_PAD=pad,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            TILE_Q=min(block_q, 32),
-            num_warps=4,
+            TILE_Q=min(block_q, config.tile_q),
+            **config.keywords(),
         )
         _all_blocks_kernel[(pad // columns, batch * heads)](
             key_means,

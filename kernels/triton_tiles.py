@@ -9,29 +9,12 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-
-class LaunchConfig(NamedTuple):
-    """How a kernel is compiled; `max_registers` per thread, where more threads at once pay."""
-
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-    def keywords(self) -> dict[str, int | None]:
-        """As arguments of a launch."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "maxnreg": self.max_registers,
-        }
-
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # The smallest tile that an 8-bit matrix unit sums over.
