@@ -45,16 +45,20 @@ class KeyOrder(NamedTuple):
     always: Tensor
 
 
-def key_importance(query: Tensor, key: Tensor, probes: int = 128) -> Tensor:
+def key_importance(
+    query: Tensor, key: Tensor, probes: int = 128, *, rows: Tensor | None = None
+) -> Tensor:
     """Mean softmax weight `[B, H, L]` of each key, over `probes` queries evenly spread.
 
     Args:
         query, key: `[B, L, H, D]`.
+        rows: places `[P]` of other queries to probe with.
     """
     length = query.shape[1]
-    count = min(probes, length)
-    # The middle of each of `count` equal runs.
-    rows = ((torch.arange(count, device=query.device) + 0.5) * length / count).long()
+    if rows is None:
+        count = min(probes, length)
+        # The middle of each of `count` equal runs.
+        rows = ((torch.arange(count, device=query.device) + 0.5) * length / count).long()
     q, k = query[:, rows].transpose(1, 2), key.transpose(1, 2)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     logits = q.to(dtype) @ k.to(dtype).mT / query.shape[-1] ** 0.5
