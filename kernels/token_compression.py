@@ -6,10 +6,13 @@ is scattered back:
     mode "kv":   O = inner(Q, K[kept], V[kept])
     mode "qkv":  O[kept] = inner(Q[kept], K[kept], V[kept]),  O[dropped] = fill
 
-How many tokens are kept is one number for all heads; which ones is up to each head
-(`token_scores`). Where all are kept the result is that of `inner`, bit for bit. Gradients reach
-everything but the choice and what the fill "prev" takes from earlier. Nothing here waits for the
-device. Letters: B batch, H heads, L tokens, K kept tokens, D head dimension.
+What full attention gave beyond that in an earlier call, `residual`, may be added: from one
+denoising step to the next it changes far less than what dropped tokens contribute. How many tokens
+are kept is one number for all heads; which ones is up to each head (`token_scores`). Where all are
+kept the result is that of `inner`, bit for bit. Gradients reach everything but the choice and what
+is taken from an earlier call. Nothing here waits for the device.
+
+Letters: B batch, H heads, L tokens, K kept tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ def compressed_attention(
     fill: CompressionFill = "linear",
     dropped_output: Tensor | None = None,
     nearest: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, L, H, D]` to the kept tokens; see the top of this file.
 
@@ -86,6 +90,8 @@ def compressed_attention(
             all tokens; "zero": nothing, as published.
         dropped_output: `[B, L - K, H, D]`, for fill="prev" the output of earlier at `dropped`.
         nearest: for fill="neighbor", of `nearest_kept`.
+        residual: what full attention gave beyond `short_attention` in an earlier call, in the
+            shape of the latter; added to what it gives now.
 
     Raises:
         ValueError: an unknown mode or fill, or one without what it takes.
@@ -94,10 +100,11 @@ def compressed_attention(
     _check_choice("fill", fill, get_args(CompressionFill))
     if selection.dropped.shape[-1] == 0:
         return inner(query, key, value)
-    parts = gather_tokens(key, selection.kept), gather_tokens(value, selection.kept)
+    output = short_attention(query, key, value, selection, inner, mode=mode)
+    if residual is not None:
+        output = output + residual.detach().to(output.dtype)
     if mode == "kv":
-        return inner(query, *parts)
-    output = inner(gather_tokens(query, selection.kept), *parts)
+        return output
     if fill == "neighbor":
         if nearest is None:
             raise ValueError("fill='neighbor' needs `nearest`, which `nearest_kept` makes")
@@ -113,9 +120,21 @@ def compressed_attention(
     return _scatter(output, filling, selection, query.shape[1])
 
 
-def nearest_kept(
-    selection: TokenSelection, grid: Grid, *, order: Tensor | None = None
+def short_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: TokenSelection,
+    inner: Inner,
+    *,
+    mode: CompressionMode,
 ) -> Tensor:
+    """What `inner` gives of the kept tokens: `[B, L, H, D]` in mode "kv", else `[B, K, H, D]`."""
+    parts = gather_tokens(key, selection.kept), gather_tokens(value, selection.kept)
+    return inner(query if mode == "kv" else gather_tokens(query, selection.kept), *parts)
+
+
+def nearest_kept(selection: TokenSelection, grid: Grid, *, order: Tensor | None = None) -> Tensor:
     """For every token, which of the K kept ones is nearest on the grid: `[B, H, L]` int64.
 
     Kept tokens are nearest to themselves.
@@ -142,7 +161,7 @@ def nearest_kept(
         for axis, (start, size) in enumerate(zip(step, grid, strict=True)):
             there = there.narrow(2 + axis, start, size)
         found = torch.where(there >= 0, there, found)
-    nearest = found.flatten(-3).long()
+    nearest: Tensor = found.flatten(-3).long()
     return nearest if order is None else nearest[..., order.to(device)]
 
 

@@ -72,7 +72,7 @@ def token_scores(
     Raises:
         ValueError: a grid or an order of another length.
     """
-    batch, length, heads, _ = query.shape
+    batch, length = query.shape[:2]
     _check_length(length, grid, order)
     rows = probe_places(grid, probes).to(query.device)
     if order is not None:
@@ -93,15 +93,15 @@ def pool_scores(scores: Tensor, grid: Grid, *, order: Tensor | None = None) -> T
     _check_length(scores.shape[-1], grid, order)
     if order is not None:
         scores = scores[..., inverse_order(order.to(scores.device))]
-    # [B, H, T, H', W']; a mean over a box is one of means over lines. (`avg_pool3d` refuses grids of
-    # fewer tokens than its window.)
+    # A mean over a box is one of means over lines; `avg_pool3d` refuses grids smaller than its box.
     pooled = scores.unflatten(-1, grid)
     for axis in (-3, -2, -1):
         pooled = _mean_of_three(pooled.movedim(axis, -1)).movedim(-1, axis)
     pooled = pooled.flatten(-3)
     if order is not None:
         pooled = pooled[..., order.to(scores.device)]
-    return pooled / pooled.sum(-1, keepdim=True)
+    normed: Tensor = pooled / pooled.sum(-1, keepdim=True)
+    return normed
 
 
 def rank_tokens(scores: Tensor, always: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.layer_compression import NOT_PARALLEL, LayerCompression
 from sla_video.pipelines.layer_recorder import LayerRecorder
 from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.parallel import Ulysses
@@ -105,6 +106,7 @@ class SLAAttnProcessor(nn.Module):
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
         self.attention: Attention | None = None
+        self.compression: LayerCompression | None = None
         self.impl = config.impl
         self._options: dict[str, Any] = {
             "block_q": config.block_q,
@@ -156,6 +158,8 @@ class SLAAttnProcessor(nn.Module):
                 f"Diffusers' {type(self.original).__name__} does not support context parallelism, "
                 "which calls that run dense would need: run on one device"
             )
+        if config is not None and self.compression is not None:
+            raise ValueError(NOT_PARALLEL)
         self._ulysses = self._check_parallel(config)
         self.original._parallel_config = config
 
@@ -192,7 +196,9 @@ class SLAAttnProcessor(nn.Module):
         if reason is not None:
             self._warn_of(reason)
         check_not_fused(attn)
-        dense = self.sparsity is None or self.switch.dense or reason is not None
+        compresses = self.compression is not None and self.compression.engaged
+        dense = self.sparsity is None and not compresses
+        dense = dense or self.switch.dense or reason is not None
         # Compiled code cannot count: its graph would break, or be made anew for each number.
         recording = (
             nullcontext()
@@ -219,6 +225,9 @@ class SLAAttnProcessor(nn.Module):
     ) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
         if self.attention is None:
+            if self.compression is not None and self.compression.engaged:
+                output: torch.Tensor = self.compression.attend(self, query, key, value)
+                return output
             return self._operator(query, key, value, **context)
         if context:
             raise InputError(

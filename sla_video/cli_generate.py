@@ -53,6 +53,13 @@ def generate(
     ] = False,
     dense_steps: DenseSteps = None,
     token_order: TokenOrder = None,
+    compress: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the query-key pairs, above 0 to 1, that half of the layers compute in "
+            "three of four steps; 0.5 drops half of the keys.  [default: all]"
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
     ] = None,
@@ -130,6 +137,7 @@ def generate(
     Examples:
       sla-video generate "a red circle moves left on a white background"
       sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
+      sla-video generate "a red circle moves left" --compress 0.5 --out compressed.mp4
       sla-video generate "it turns" --image cat.jpg --model Wan-AI/Wan2.2-TI2V-5B-Diffusers
       torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
     """
@@ -149,6 +157,7 @@ def generate(
             dense=dense,
             dense_steps=dense_steps,
             token_order=token_order,
+            compress=compress,
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,

@@ -26,7 +26,6 @@ from sla_video.kernels.token_order import hilbert_order
 from sla_video.kernels.token_scores import (
     always_kept,
     coverage_count,
-    pool_scores,
     probe_places,
     rank_tokens,
     share_count,
