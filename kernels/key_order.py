@@ -33,22 +33,26 @@ _CHUNK_ELEMENTS = 64 * 2**20
 
 
 @torch.no_grad()
-def key_importance(query: Tensor, key: Tensor, probes: int = 128) -> Tensor:
+def key_importance(
+    query: Tensor, key: Tensor, probes: int = 128, *, rows: Tensor | None = None
+) -> Tensor:
     """Mean softmax weight `[B, H, L]` of each key, over `probes` queries evenly spread.
 
     Of 16-bit inputs the logits are rounded, which is enough to sort by. Memory is bounded.
 
     Args:
         query, key: `[B, L, H, D]`.
+        rows: places `[P]` of other queries to probe with.
     """
     batch, length, heads, head_dim = query.shape
-    count = min(probes, length)
-    # The middle of each of `count` equal runs.
-    rows = ((torch.arange(count, device=query.device) + 0.5) * length / count).long()
+    if rows is None:
+        count = min(probes, length)
+        # The middle of each of `count` equal runs.
+        rows = ((torch.arange(count, device=query.device) + 0.5) * length / count).long()
     # [B, H, probes, D] and [B, H, D, L]
     q = query.index_select(1, rows).transpose(1, 2) * head_dim**-0.5
     k = key.permute(0, 2, 3, 1)
-    some = max(1, _CHUNK_ELEMENTS // (batch * count * length))
+    some = max(1, _CHUNK_ELEMENTS // (batch * rows.numel() * length))
     importance = torch.empty(
         batch, heads, length, dtype=compute_dtype(query.dtype), device=query.device
     )

@@ -142,7 +142,8 @@ def _load(
     dtype = find_dtype(request.dtype, device)
     if request.offload and device.type == "cpu":
         raise InputError("`offload` moves idle parts from a GPU to host memory: it needs a GPU")
-    if not plan.dense:
+    patched = not plan.dense or plan.compress is not None
+    if patched:
         _check_family(plan.source)
     routers = None if plan.routers is None else _read_routers(plan.routers, plan.source)
     config = SLAConfig() if routers is None else routers.config
@@ -160,7 +161,7 @@ def _load(
         offload=request.offload,
         tiled=plan.pipeline.tiled,
     )
-    handle = None if plan.dense else _enable(pipe, routers, plan, sparse_dtype)
+    handle = _enable(pipe, routers, plan, sparse_dtype) if patched else None
     seconds = time.perf_counter() - start
     return _Loaded(pipe=pipe, handle=handle, device=device, dtype=dtype, seconds=seconds)
 
@@ -202,16 +203,22 @@ def _read_routers(name: str, source: ModelSource) -> RouterSet:
 def _enable(
     pipe: Any, routers: RouterSet | None, plan: GenerationPlan, sparse_dtype: SparseDtype
 ) -> SLAHandle:
+    from sla_video.config_compression import TokenCompression
+    from sla_video.pipelines.families.registry import family_of
     from sla_video.pipelines.patching import enable_sla
 
+    compress = plan.compress
     try:
+        layers = range(len(family_of(pipe.transformer).layers(pipe.transformer)))
         return enable_sla(
             pipe,
             routers,
             sparsity=plan.sparsity,
+            dense_layers=list(layers) if plan.dense else None,
             dense_steps=plan.dense_steps,
             token_order=plan.token_order,
             sparse_dtype=sparse_dtype,
+            compression=None if compress is None else TokenCompression(pairs=compress),
         )
     except (ValueError, TypeError, OSError) as error:
         raise InputError(one_line(error)) from error

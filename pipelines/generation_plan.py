@@ -57,6 +57,7 @@ class GenerationPlan:
         remarks: what the caller may not expect of them.
         sparsity, dense_steps, token_order: `None` with dense attention, or to use those of the
             routers.
+        compress: share of the query-key pairs, `None` for all.
         strength: `None` where there is no video to keep a part of.
         denoising_steps: those of `steps` that are made; fewer where `strength` is below 1.
         max_sequence_length: `None` to leave it to the pipeline.
@@ -73,6 +74,7 @@ class GenerationPlan:
     sparsity: float | None
     dense_steps: int | None
     token_order: str | None
+    compress: float | None
     strength: float | None
     steps: int
     denoising_steps: int
@@ -117,6 +119,7 @@ def plan_generation(request: GenerationRequest, *, name_files: bool = True) -> G
         remarks=inputs.remarks(*size),
         videos=(),
         dense=request.dense,
+        compress=request.compress,
         negative_prompt=request.negative_prompt,
         max_sequence_length=(
             defaults.max_sequence_length

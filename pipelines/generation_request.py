@@ -36,6 +36,9 @@ class GenerationRequest:
         token_order: of `SLAConfig`; `None` takes that of the routers, or raster order.
         sparse_dtype: number format of the sparse branch; `None` takes that of routers trained with
             a low-bit one, else the fastest that the device has.
+        compress: share of the query-key pairs that the layers and steps take which lose least by
+            it, in (0, 1]; see `TokenCompression`, of which all else is left as it is. `None` takes
+            all.
         steps: denoising steps.
         guidance_scale: weight of the prompt; 1 or less turns classifier-free guidance off.
         negative_prompt: what to move away from, with guidance.
@@ -70,6 +73,7 @@ class GenerationRequest:
     dense_steps: int | None = None
     token_order: str | None = None
     sparse_dtype: str | None = None
+    compress: float | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -109,6 +113,8 @@ class GenerationRequest:
             check_token_order(self.token_order)
         if self.sparse_dtype is not None:
             check_format(self.sparse_dtype)
+        if self.compress is not None and not 0 < self.compress <= 1:
+            raise InputError(f"`compress` must be above 0 and at most 1, got {self.compress}")
         _check_whole("steps", self.steps, 1, _MAX_STEPS)
         _check_whole("dense_steps", self.dense_steps, 0, _MAX_STEPS)
         _check_whole("frames", self.frames, 1)

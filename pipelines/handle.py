@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.recording import Recording, read_logs
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.stats import SLAStats
+from sla_video.pipelines.token_compression import TransformerCompression
 from sla_video.pipelines.token_order import TokenOrder
 
 logger = logging.getLogger("sla_video")
@@ -45,7 +47,9 @@ class TransformerPatch:
         self.layers = dict(layers)
         self.switch = switch
         self.processors: dict[str, SLAAttnProcessor] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle | TokenOrder] = []
+        self._hooks: list[
+            torch.utils.hooks.RemovableHandle | TokenOrder | TransformerCompression
+        ] = []
         self._hide_lora: Any = None
         # What the transformer had when the patch was taken off.
         self.removed_lora: LoraAdapter | None = None
@@ -61,7 +65,7 @@ class TransformerPatch:
         transformer: nn.Module,
         processors: Mapping[str, SLAAttnProcessor],
         hook: FirstStepsDense | None,
-        order: TokenOrder | None = None,
+        others: Iterable[TokenOrder | TransformerCompression | None] = (),
     ) -> None:
         """Put the processors in place. Everything that can fail has to be checked before."""
         self.processors = dict(processors)
@@ -76,8 +80,9 @@ class TransformerPatch:
         for each in (*hooks, hook, *counters):
             if each is not None:
                 self._hooks.append(transformer.register_forward_pre_hook(each))
-        if order is not None:
-            self._hooks.append(order.install(transformer))
+        for other in others:
+            if other is not None:
+                self._hooks.append(other.install(transformer))
         self._hide_lora = hide_lora(transformer)
         setattr(transformer, _PATCH_ATTRIBUTE, self)
 
@@ -195,7 +200,13 @@ class SLAHandle:
         """
         return SLAStats(
             layers=tuple(
-                processor.recorder.read(name) for name, processor in self.processors.items()
+                replace(
+                    processor.recorder.read(name),
+                    cached_bytes=0
+                    if processor.compression is None
+                    else processor.compression.bytes,
+                )
+                for name, processor in self.processors.items()
             )
         )
 

@@ -152,6 +152,7 @@ class LayerRecorder:
             relative_l1=self._mean("relative_l1"),
             oracle_density=self._mean("oracle_density"),
             router_density=self._mean("router_density"),
+            pairs=self._mean("pairs"),
             seconds=self._seconds,
         )
 

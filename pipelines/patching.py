@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from sla_video.config import Implementation, SLAConfig, SparseDtype
+from sla_video.config_compression import TokenCompression
 from sla_video.kernels.api import available_implementations
 from sla_video.kernels.router import Router
 from sla_video.pipelines.families.family import Family
@@ -28,6 +29,7 @@ from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
 from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
+from sla_video.pipelines.token_compression import TransformerCompression
 from sla_video.pipelines.token_order import TokenOrder
 
 logger = logging.getLogger("sla_video")
@@ -55,6 +57,7 @@ def enable_sla(
     sparse_dtype: SparseDtype | None = None,
     impl: Implementation | None = None,
     token_order: str | None = None,
+    compression: TokenCompression | None = None,
     config: SLAConfig | None = None,
     component: str = "transformer",
 ) -> SLAHandle:
@@ -75,6 +78,7 @@ def enable_sla(
         sparse_dtype: number format of the sparse branch.
         impl: implementation of the operator. "auto" says at INFO which it took.
         token_order: of all layers, which decides what is together in a block; see `SLAConfig`.
+        compression: attention among fewer tokens in some layers and steps. Needs a pipeline.
         config: all settings at once. Default: those of `routers`, else `SLAConfig()`. The
             arguments above replace single fields of it.
         component: for a bare transformer, which of the pipeline's it is, when `routers` hold two.
@@ -107,6 +111,7 @@ def enable_sla(
         "sparse_dtype": sparse_dtype,
         "impl": impl,
         "token_order": token_order,
+        "compression": compression,
         **_sparsity_fields(sparsity),
     }
     settings = settings.replace(**{k: v for k, v in changes.items() if v is not None})
@@ -144,11 +149,15 @@ def enable_sla(
             processors[layer].key_order = key_order
         hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
         order = TokenOrder.of(settings.token_order, families[name])
-        prepared.append((transformer, TransformerPatch(layers, switch), processors, hook, order))
+        patch = TransformerPatch(layers, switch)
+        compress = TransformerCompression.of(
+            settings, families[name], transformer, processors, pipe
+        )
+        prepared.append((transformer, patch, processors, hook, (order, compress)))
     if router_set is not None:
         _attach_all(transformers, router_set.lora)
-    for transformer, patch, processors, hook, order in prepared:
-        patch.install(transformer, processors, hook, order)
+    for transformer, patch, processors, hook, others in prepared:
+        patch.install(transformer, processors, hook, others)
     return SLAHandle(transformers, identities, settings)
 
 

@@ -25,6 +25,7 @@ from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.key_order import LayerKeyOrder
+from sla_video.pipelines.layer_compression import NOT_PARALLEL, LayerCompression
 from sla_video.pipelines.layer_recorder import LayerRecorder
 from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.parallel import Ulysses
@@ -111,6 +112,7 @@ class SLAAttnProcessor(nn.Module):
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
         self.attention: Attention | None = None
+        self.compression: LayerCompression | None = None
         self.impl = config.impl
         self._options: dict[str, Any] = {
             "block_q": config.block_q,
@@ -162,6 +164,8 @@ class SLAAttnProcessor(nn.Module):
                 f"Diffusers' {type(self.original).__name__} does not support context parallelism, "
                 "which calls that run dense would need: run on one device"
             )
+        if config is not None and self.compression is not None:
+            raise ValueError(NOT_PARALLEL)
         self._ulysses = self._check_parallel(config)
         self.original._parallel_config = config
 
@@ -198,7 +202,9 @@ class SLAAttnProcessor(nn.Module):
         if reason is not None:
             self._warn_of(reason)
         check_not_fused(attn)
-        dense = self.sparsity is None or self.switch.dense or reason is not None
+        compresses = self.compression is not None and self.compression.engaged
+        dense = self.sparsity is None and not compresses
+        dense = dense or self.switch.dense or reason is not None
         # Compiled code cannot count: its graph would break, or be made anew for each number.
         recording = (
             nullcontext()
@@ -225,6 +231,9 @@ class SLAAttnProcessor(nn.Module):
     ) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
         if self.attention is None:
+            if self.compression is not None and self.compression.engaged:
+                output: torch.Tensor = self.compression.attend(self, query, key, value)
+                return output
             return self._operator(query, key, value, **how)
         if how.keys() - {"own_query"}:
             raise InputError(
@@ -237,7 +246,9 @@ class SLAAttnProcessor(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
     ) -> torch.Tensor:
         """SLA2 of `[B, L, H, D]` as this layer has it, unrecorded; `changes` of its options."""
-        options = {"key_order": self._order_keys(query, key), **self.operator_options, **changes}
+        if "key_order" not in changes:
+            changes["key_order"] = self._order_keys(query, key)
+        options = {**self.operator_options, **changes}
         output: torch.Tensor = sla2_attention(query, key, value, self.local_router, **options)
         return output
 

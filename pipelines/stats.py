@@ -36,6 +36,9 @@ class LayerStats:
             all heads; None unless recorded per step, as the next two.
         oracle_density: smallest share of the key blocks that holds the mass asked for (95%).
         router_density: the share that holds it in the order of the router.
+        pairs: with token compression, mean share of the query-key pairs that took part, counting
+            full steps as 1; None without.
+        cached_bytes: memory that token compression holds just now for the steps to come.
         seconds: total time of its self-attention with its projections. Device time on CUDA, time
             on the host elsewhere.
     """
@@ -49,6 +52,8 @@ class LayerStats:
     relative_l1: float | None = None
     oracle_density: float | None = None
     router_density: float | None = None
+    pairs: float | None = None
+    cached_bytes: int = 0
     seconds: float
 
 

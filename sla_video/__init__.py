@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sla_video.config import SLAConfig as SLAConfig
+    from sla_video.config_compression import TokenCompression as TokenCompression
     from sla_video.kernels.api import exact_recall as exact_recall
     from sla_video.kernels.api import sla2_attention as sla2_attention
     from sla_video.kernels.router import Router as Router
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "Router": "sla_video.kernels.router",
     "SLAConfig": "sla_video.config",
     "SLAHandle": "sla_video.pipelines.handle",
+    "TokenCompression": "sla_video.config_compression",
     "disable_sla": "sla_video.pipelines.patching",
     "enable_sla": "sla_video.pipelines.patching",
     "exact_recall": "sla_video.kernels.api",
@@ -40,6 +42,7 @@ __all__ = [
     "Router",
     "SLAConfig",
     "SLAHandle",
+    "TokenCompression",
     "__version__",
     "disable_sla",
     "enable_sla",

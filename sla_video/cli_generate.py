@@ -60,6 +60,13 @@ def generate(
             "[default: that of low-bit routers; else bf16, on a GPU the fastest it has]"
         ),
     ] = None,
+    compress: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the query-key pairs, above 0 to 1, that half of the layers compute in "
+            "three of four steps; 0.5 drops half of the keys.  [default: all]"
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
     ] = None,
@@ -137,6 +144,7 @@ def generate(
     Examples:
       sla-video generate "a red circle moves left on a white background"
       sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
+      sla-video generate "a red circle moves left" --compress 0.5 --out compressed.mp4
       sla-video generate "it turns" --image cat.jpg --model Wan-AI/Wan2.2-TI2V-5B-Diffusers
       torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
     """
@@ -157,6 +165,7 @@ def generate(
             dense_steps=dense_steps,
             token_order=token_order,
             sparse_dtype=sparse_dtype,
+            compress=compress,
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
