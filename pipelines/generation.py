@@ -204,6 +204,7 @@ def _enable(pipe: Any, routers: RouterSet | None, plan: GenerationPlan) -> SLAHa
             sparsity=plan.sparsity,
             dense_steps=plan.dense_steps,
             token_order=plan.token_order,
+            recipe=plan.chosen,
         )
     except (ValueError, TypeError, OSError) as error:
         raise InputError(one_line(error)) from error
