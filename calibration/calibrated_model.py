@@ -84,7 +84,9 @@ def load_model(
             token_order=request.token_order,
         )
     else:
-        base = routers.config
+        base = routers.config.replace(
+            dense_layers=request.dense_layers or routers.config.dense_layers
+        )
     try:
         # Finds the layers, and says what is wrong with a model that cannot be patched.
         with enable_sla(pipe, routers, config=base) as handle:

@@ -1,0 +1,127 @@
+"""What a recipe costs and gains, as it is written into the recipe: by layer, and by whole steps."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from sla_video.calibration.calibrated_model import CalibratedModel
+from sla_video.calibration.deadline import Deadline
+from sla_video.calibration.tune_request import TunePlan, TuneRequest
+from sla_video.calibration.tuning_choice import OrderChoice, quality_at
+from sla_video.calibration.tuning_state import TuningState
+from sla_video.calibration.tuning_timing import (
+    TIMED,
+    middle_inputs,
+    sparsity_for,
+    time_forward,
+    time_kept_shares,
+)
+from sla_video.config import SLAConfig
+from sla_video.pipelines.environment import device_name
+from sla_video.pipelines.errors import InputError
+from sla_video.pipelines.patching import enable_sla
+from sla_video.pipelines.recipe import Recipe
+
+_FIELDS = ("recall", "rel_l1", "error")
+
+
+def describe(
+    choices: list[OrderChoice], state: TuningState, model: CalibratedModel
+) -> dict[str, Any]:
+    """What was measured of one transformer, as JSON can hold it.
+
+    Args:
+        choices: the best order first.
+    """
+    best = choices[0]
+    layers: dict[str, dict[str, Any]] = {}
+    for name, sparsity in best.sparsities.items():
+        curve = state.get(best.order, name)
+        layers[name] = {"layer": model.layer_number(name), "sparsity": sparsity}
+        layers[name]["measured"] = curve is not None
+        if curve is None:
+            continue
+        layers[name]["density"] = curve["density"]
+        for part in ("fit", "held_out"):
+            quality = quality_at(curve, part, sparsity)
+            layers[name][part] = None if quality is None else {f: quality[f] for f in _FIELDS}
+    return {
+        "token_order": best.order,
+        "mean_sparsity": best.mean_sparsity,
+        "fit": _mean(layers, "fit"),
+        "held_out": _mean(layers, "held_out"),
+        "orders": {
+            choice.order: {
+                "mean_sparsity": choice.mean_sparsity,
+                "recall": choice.recall,
+                "error": choice.error,
+            }
+            for choice in choices
+        },
+        "layers": layers,
+    }
+
+
+def _mean(layers: dict[str, dict[str, Any]], part: str) -> dict[str, float] | None:
+    found = [layer[part] for layer in layers.values() if layer.get(part) is not None]
+    if not found:
+        return None
+    return {name: statistics.fmean(each[name] for each in found) for name in _FIELDS}
+
+
+def mean_for_time(
+    request: TuneRequest,
+    plan: TunePlan,
+    model: CalibratedModel,
+    base: SLAConfig,
+    deadline: Deadline,
+) -> float:
+    """The mean sparsity at which a step takes the time that is asked for.
+
+    Raises:
+        InputError: no sparsity is fast enough.
+    """
+    deadline.stage("timing", 1 + len(TIMED))
+    inputs = middle_inputs(model.pipe, plan.captures, request.seed)
+    deadline.progress.advance()
+    forwards = _forwards(plan)
+    seconds = request.seconds_per_step
+    if request.time_ratio is not None:
+        dense = time_forward(model.pipe.transformer, inputs).seconds
+        seconds = request.time_ratio * dense * forwards
+    assert seconds is not None
+    timed = time_kept_shares(model.pipe, inputs, base, deadline.progress.advance)
+    return sparsity_for(seconds, timed, forwards)
+
+
+def measure_steps(
+    request: TuneRequest, plan: TunePlan, model: CalibratedModel, recipe: Recipe, deadline: Deadline
+) -> dict[str, Any]:
+    """Seconds of a step of each transformer, and the relative L2 error of its velocity."""
+    deadline.stage("checking", 2 * len(recipe.configs))
+    pipe = model.pipe
+    inputs = middle_inputs(pipe, plan.captures, request.seed)
+    found: dict[str, Any] = {"device": device_name(model.device), "steps": {}}
+    for component in recipe.configs:
+        transformer = getattr(pipe, component)
+        dense = time_forward(transformer, inputs)
+        deadline.progress.advance()
+        try:
+            with enable_sla(transformer, recipe=recipe, dense_steps=0, component=component):
+                sparse = time_forward(transformer, inputs)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the settings that were chosen cannot be used: {error}") from error
+        deadline.progress.advance()
+        wrong = (sparse.velocity.float() - dense.velocity.float()).norm()
+        found["steps"][component] = {
+            "dense_seconds": _forwards(plan) * dense.seconds,
+            "seconds": _forwards(plan) * sparse.seconds,
+            "velocity_error": float(wrong / dense.velocity.float().norm()),
+        }
+    return found
+
+
+def _forwards(plan: TunePlan) -> int:
+    """Of a denoising step: with guidance there are two."""
+    return 2 if plan.captures.guidance_scale > 1 else 1
