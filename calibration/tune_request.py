@@ -147,7 +147,7 @@ def plan_tuning(request: TuneRequest) -> TunePlan:
             that is taken.
     """
     out = request.out.expanduser()
-    state = out.with_name(f"{out.stem}.tuning.json")
+    state = state_of(out)
     if out.suffix != ".json":
         raise InputError(f"`out` must be a .json file, got {str(request.out)!r}")
     if out.is_dir() or not out.parent.is_dir():
@@ -164,6 +164,11 @@ def plan_tuning(request: TuneRequest) -> TunePlan:
     orders = tuple(dict.fromkeys(SLAConfig(token_order=order).token_order for order in orders))
     captures = plan_calibration(request.captures, name_folders=False)
     return TunePlan(captures=captures, token_orders=orders, out=out, state=state)
+
+
+def state_of(out: Path) -> Path:
+    """Where the measurements for a recipe are kept until it is complete."""
+    return out.expanduser().with_name(f"{out.stem}.tuning.json")
 
 
 def measured_settings(request: TuneRequest, plan: TunePlan) -> dict[str, Any]:

@@ -34,6 +34,11 @@ def summary(recipe: Recipe) -> list[str]:
                 f"velocity error {step['velocity_error']:.3f}"
             )
         lines.append(line)
+        if found["mean_sparsity"] == 0:
+            lines.append(
+                f"{component}: all layers need full attention for that recall, so nothing is "
+                "gained: ask for less, or for a mean sparsity"
+            )
     return lines
 
 

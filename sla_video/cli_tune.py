@@ -129,7 +129,7 @@ def tune(
     from rich.console import Console
 
     from sla_video.calibration.tune import tune as run
-    from sla_video.calibration.tune_request import TuneRequest
+    from sla_video.calibration.tune_request import TuneRequest, state_of
     from sla_video.calibration.tuning_report import recipe_tables, summary
     from sla_video.pipelines.generation_request import read_prompts
     from sla_video.pipelines.progress import TerminalProgress
@@ -166,8 +166,14 @@ def tune(
         overwrite=overwrite,
         **choices,
     )
-    with TerminalProgress() as progress:
-        result = run(request, progress=progress)
+    try:
+        with TerminalProgress() as progress:
+            result = run(request, progress=progress)
+    except (KeyboardInterrupt, SystemExit):
+        state = state_of(out)
+        if state.exists():
+            typer.echo(f"what was measured is in {state}: the same command goes on", err=True)
+        raise
     console = Console(stderr=True, width=110)
     for table in recipe_tables(result.recipe):
         console.print(table)
