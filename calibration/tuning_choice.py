@@ -10,6 +10,8 @@ from sla_video.calibration.budget import choose_for_mean, choose_for_recall
 
 # Layer -> what `measure_layer` gave.
 Curves = Mapping[str, Mapping[str, Any]]
+# Share by which an order may keep more than the sparsest: the linear branch can make good for more.
+_HARDLY = 0.05
 # What a layer that keeps full attention loses.
 _DENSE = {"recall": 1.0, "error": 0.0, "rel_l1": 0.0, "rel_l2": 0.0}
 
@@ -63,10 +65,15 @@ def choose_sparsities(order: str, curves: Curves, goal: str, value: float) -> Or
 
 
 def best_order(choices: list[OrderChoice], goal: str) -> OrderChoice:
-    """The sparsest at a recall, the one with the least error at a mean; of equals the first."""
-    if goal == "target_recall":
-        return max(choices, key=lambda c: (round(c.mean_sparsity, 6), -round(c.error, 6)))
-    return min(choices, key=lambda c: round(c.error, 6))
+    """The order with the least error among those that reach the goal about as well as any.
+
+    At a recall that is those that keep hardly more than the sparsest; at a mean sparsity all of
+    them. Of equals it is the first.
+    """
+    kept = [1 - choice.mean_sparsity for choice in choices]
+    most = min(kept) * (1 + _HARDLY) + 1e-9 if goal == "target_recall" else max(kept)
+    near = [choice for choice, share in zip(choices, kept, strict=True) if share <= most]
+    return min(near, key=lambda choice: round(choice.error, 6))
 
 
 def fit_of(curve: Mapping[str, Any]) -> dict[float, Mapping[str, float]]:

@@ -117,17 +117,17 @@ class Recipe:
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raise an `InputError` that names both sides unless it was measured at that size."""
         if (frames, height, width) not in [(s.frames, s.height, s.width) for s in self.sizes]:
-            self.refuse(f"{frames} frames of {height}x{width}")
+            raise InputError(self.refusal(f"{frames} frames of {height}x{width}"))
 
     def check_grid(self, grid: Grid) -> None:
         """The same for a grid of tokens."""
         if grid not in self.grids:
-            self.refuse("a grid of {}x{}x{} tokens".format(*grid))
+            raise InputError(self.refusal("a grid of {}x{}x{} tokens".format(*grid)))
 
-    def refuse(self, got: str) -> None:
-        """Say that it was not measured at the size of video that was asked for."""
+    def refusal(self, got: str) -> str:
+        """What to say of a video of a size that it was not measured at."""
         known = " or ".join("{} ({}x{}x{} tokens)".format(s, *s.grid) for s in self.sizes)
-        raise InputError(
+        return (
             f"this recipe was tuned for {known}, but this video has {got}: make that size "
             f"({self.sizes[0].options}), or tune a recipe for yours with `sla-video tune`"
         )

@@ -16,7 +16,7 @@ from sla_video.calibration import tuning_measures
 from sla_video.calibration.capture import Capture
 from sla_video.calibration.deadline import TimeIsUpError
 from sla_video.calibration.tune_request import TuneRequest
-from sla_video.calibration.tuning_choice import best_order, choose_sparsities
+from sla_video.calibration.tuning_choice import OrderChoice, best_order, choose_sparsities
 from sla_video.calibration.tuning_measures import measure_layer
 from sla_video.calibration.tuning_state import TuningState
 from sla_video.calibration.tuning_timing import sparsity_for
@@ -109,13 +109,19 @@ def test_a_layer_that_spreads_its_attention_is_kept_dense() -> None:
     assert list(chosen.sparsities.values()) == [0.9, 0.5]
 
 
-def test_the_order_that_allows_more_wins_and_the_first_of_equals() -> None:
-    orders = {"raster": 0.9, "hilbert": 0.96, "morton": 0.96}
-    choices = [
-        choose_sparsities(order, {"a": curve_of({0.5: 0.97, 0.9: recall})}, "target_recall", 0.95)
-        for order, recall in orders.items()
-    ]
-    assert best_order(choices, "target_recall").order == "hilbert"
+def test_the_order_that_allows_more_wins_and_of_near_ones_that_with_less_error() -> None:
+    def choice(order: str, mean_sparsity: float, error: float) -> OrderChoice:
+        means = {"mean_sparsity": mean_sparsity, "error": error}
+        return OrderChoice(order=order, sparsities={}, recall=0.95, **means)
+
+    raster, equal = choice("raster", 0.6, 0.01), choice("axes:hwt", 0.6, 0.01)
+    near, sparser = choice("morton", 0.61, 0.009), choice("hilbert", 0.7, 0.02)
+    for goal, wins in (("target_recall", sparser), ("mean_sparsity", near)):
+        assert best_order([raster, equal, near, sparser], goal) == wins
+    assert best_order([raster, equal, near], "target_recall") == near
+    assert best_order([raster, equal], "target_recall") == raster
+    # A quarter less error does not make good for keeping a tenth more.
+    assert best_order([choice("raster", 0.67, 0.015), sparser], "target_recall") == sparser
 
 
 def test_the_sparsity_that_fits_the_time() -> None:

@@ -12,6 +12,7 @@ import torch
 from cli_tools import SMALL, assert_refused, call, files_below
 
 from sla_video import SLAConfig, disable_sla, enable_sla, load_recipe, save_recipe, save_routers
+from sla_video.pipelines import recipe as recipes
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.recipe import Recipe, TunedSize
 from sla_video.pipelines.recipe_routers import RecipeRouters
@@ -225,3 +226,30 @@ def test_copies_keep_to_the_recipe(file: Path) -> None:
     assert torch.equal(latents(twin), latents(pipe))
     with pytest.raises(InputError, match="a grid of 3x8x10"):
         latents(twin, width=80)
+
+
+def test_it_is_one_graph(tiny_pipeline: Any, file: Path) -> None:
+    pipe = build_tiny_pipeline()
+    with enable_sla(tiny_pipeline, recipe=file):
+        wanted = latents(tiny_pipeline)
+    enable_sla(pipe, recipe=file)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(latents(pipe), wanted)
+    # Whatever error the compiler makes of it.
+    with pytest.raises(Exception, match=r"9 frames of 64x64 .* but this video has another grid"):
+        latents(pipe, width=80)
+
+
+def test_from_the_hub(tiny_pipeline: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub_file(repository: str, name: str) -> Path:
+        asked.append((repository, name))
+        return file
+
+    monkeypatch.setattr(recipes, "hub_file", hub_file)
+    assert load_recipe("someone/wan-recipe") == recipe_for(tiny_pipeline, CONFIG)
+    assert asked == [("someone/wan-recipe", "recipe.json")]
+    # A file that is not there is no repository.
+    with pytest.raises(InputError, match=r"no recipe at 'someone/wan\.json'"):
+        load_recipe("someone/wan.json")
