@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sla_video.calibration.calibrated_model import CalibratedModel, capture_source, load_model
+from sla_video.calibration.calibrated_model import CalibratedModel, load_model
 from sla_video.calibration.deadline import Deadline, TimeIsUpError
 from sla_video.calibration.tune_request import (
     TunePlan,
@@ -22,8 +23,10 @@ from sla_video.calibration.tune_request import (
     measured_settings,
     plan_tuning,
 )
+from sla_video.calibration.tuning_run import TuneRun
 from sla_video.calibration.tuning_state import TuningState
 from sla_video.config import SLAConfig
+from sla_video.pipelines.environment import device_name
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
 from sla_video.pipelines.progress import NoProgress, Progress
 from sla_video.pipelines.recipe import Recipe, TunedSize, save_recipe
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
     from sla_video.calibration.tuning_choice import OrderChoice
     from sla_video.pipelines.router_set import RouterSet
 
-# A multiple of the golden ratio's fraction: layers measured first are spread over the model.
-_SPREAD = 0.618034
+# A further choice has to make the error of the velocity this much smaller and may cost this time.
+_CLOSER = 0.99
+_SLOWER = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,16 @@ def tune(request: TuneRequest, *, progress: Progress | None = None) -> TuneResul
         routers = _read_routers(request, plan)
         model = load_model(request.captures, plan.captures, deadline, routers)
         try:
-            recipe, complete = _tune(request, plan, model, routers, state, deadline)
+            recipe, complete = _tune(
+                TuneRun(
+                    request=request,
+                    plan=plan,
+                    model=model,
+                    routers=routers,
+                    state=state,
+                    deadline=deadline,
+                )
+            )
         except Exception as error:
             if is_out_of_memory(error):
                 raise InputError(
@@ -108,128 +121,114 @@ def _read_routers(request: TuneRequest, plan: TunePlan) -> RouterSet | None:
     return routers
 
 
-def _tune(
-    request: TuneRequest,
-    plan: TunePlan,
-    model: CalibratedModel,
-    routers: RouterSet | None,
-    state: TuningState,
-    deadline: Deadline,
-) -> tuple[Recipe, bool]:
+def _tune(run: TuneRun) -> tuple[Recipe, bool]:
     from sla_video.calibration.tuning_check import describe, mean_for_time, measure_steps
     from sla_video.calibration.tuning_refinements import REFINEMENTS
 
-    orders = plan.token_orders or (model.base.token_order,)
-    base = model.base.replace(sparse_dtype=request.sparse_dtype, layer_sparsity={}, impl="auto")
-    goal, value = request.goal
+    goal, value = run.request.goal
+    base = run.model.base.replace(
+        sparse_dtype=run.request.sparse_dtype, layer_sparsity={}, impl="auto"
+    )
     if goal in ("seconds_per_step", "time_ratio"):
-        value = mean_for_time(request, plan, model, base, deadline)
-        goal = "mean_sparsity"
+        goal, value = "mean_sparsity", mean_for_time(run, base)
     complete = True
-    chosen: dict[str, OrderChoice] = {}
-    configs: dict[str, SLAConfig] = {}
     try:
-        _measure_all(request, plan, model, routers, orders, state, deadline)
+        _measure_all(run)
     except TimeIsUpError:
         complete = False
-    all_choices = _choose_all(model, orders, state, (goal, value), request)
-    for component, choices in all_choices.items():
-        chosen[component] = choices[0]
-        configs[component] = _config(model, base, choices[0])
+    choices = _choose_all(run, goal, value)
+    recipe = _recipe(run, {c: _config(run.model, base, found[0]) for c, found in choices.items()})
+    steps = {} if run.deadline.passed else measure_steps(run, recipe)
+    refined: dict[str, Any] = {}
     for refine in REFINEMENTS:
         try:
-            configs = refine(request, plan, model, routers, configs, state, deadline)
+            found = dataclasses.replace(recipe, configs=refine(run, recipe.configs))
+            if found == recipe:
+                continue
+            better = measure_steps(run, found)
         except TimeIsUpError:
             complete = False
-    recipe = _recipe(request, plan, model, routers, configs)
-    measured: dict[str, Any] = {"complete": complete, "settings": measured_settings(request, plan)}
-    measured["transformers"] = {
-        component: describe(choices, state, model) for component, choices in all_choices.items()
+            break
+        pays = _pays(steps, better)
+        refined[refine.__name__] = {"kept": pays, "without": steps, "with": better}
+        if pays:
+            recipe, steps = found, better
+    if complete:
+        run.end()
+    measured = {
+        "complete": complete,
+        "settings": measured_settings(run.request, run.plan),
+        "transformers": {name: describe(run, found) for name, found in choices.items()},
+        "refinements": refined,
+        **({"device": device_name(run.model.device), "steps": steps} if steps else {}),
     }
-    if not deadline.passed:
-        measured |= measure_steps(request, plan, model, recipe, deadline)
     return dataclasses.replace(recipe, measured=measured), complete
 
 
-def _measure_all(
-    request: TuneRequest,
-    plan: TunePlan,
-    model: CalibratedModel,
-    routers: RouterSet | None,
-    orders: tuple[str, ...],
-    state: TuningState,
-    deadline: Deadline,
-) -> None:
-    """Fill `state` with the curve of each layer in each order.
+def _pays(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a further choice makes steps closer to full attention and hardly slower."""
+    if not before:
+        return False
+
+    def mean(steps: Mapping[str, Any], field: str) -> float:
+        return statistics.fmean(step[field] for step in steps.values())
+
+    closer = mean(after, "velocity_error") < mean(before, "velocity_error") * _CLOSER
+    return closer and mean(after, "seconds") < mean(before, "seconds") * _SLOWER
+
+
+def _measure_all(run: TuneRun) -> None:
+    """Fill the state with the curve of each layer in each order.
 
     Raises:
         TimeIsUpError: some are missing.
     """
-    names = list(model.layers)
-    spread = sorted(names, key=lambda name: (names.index(name) + 0.5) * _SPREAD % 1)
-    todo = [name for name in spread if any(state.get(order, name) is None for order in orders)]
+    from sla_video.calibration.tuning_measures import measure_layer
+
+    names, orders, state = list(run.model.layers), run.orders, run.state
+    todo = [name for name in names if any(state.get(order, name) is None for order in orders)]
     if not todo:
         return
-    deadline.check()
-    from sla_video.calibration.capture import token_grid
-    from sla_video.calibration.tuning_measures import measure_layer
-    from sla_video.pipelines.token_order import make_order
-
-    sizes = (plan.captures.frames, plan.captures.height, plan.captures.width)
-    missing = dataclasses.replace(model, layers={name: model.layers[name] for name in todo})
-    source, spill = capture_source(
-        request.captures, plan.captures, missing, deadline, token_order="raster"
-    )
-    several = len(plan.captures.prompts) > 1
-    for number, (name, calls) in enumerate(source):
+    for number, (name, calls) in enumerate(run.calls(todo)):
         count = len(names) - len(todo) + number + 1
-        deadline.stage(f"measuring layer {count}/{len(names)}", len(orders))
-        grid = token_grid(model.pipe, *sizes, name.partition(".")[0])
+        run.deadline.stage(f"measuring layer {count}/{len(names)}", len(orders))
         for order in orders:
             if state.get(order, name) is None:
                 curve = measure_layer(
                     calls,
-                    make_order(order, grid),
-                    None if routers is None else routers.routers[name],
-                    model.base,
-                    held_out=request.capture_steps if several else 0,
-                    device=model.device,
-                    seed=request.seed,
+                    run.order(order, name),
+                    run.router(name),
+                    run.model.base,
+                    held_out=run.held_out,
+                    device=run.model.device,
+                    seed=run.request.seed,
                 )
                 state.put(order, name, curve)
-            deadline.advance()
-    if spill is not None:
-        spill.remove()
+            run.deadline.advance()
 
 
-def _choose_all(
-    model: CalibratedModel,
-    orders: tuple[str, ...],
-    state: TuningState,
-    goal: tuple[str, float],
-    request: TuneRequest,
-) -> dict[str, list[OrderChoice]]:
+def _choose_all(run: TuneRun, goal: str, value: float) -> dict[str, list[OrderChoice]]:
     """The choices of each transformer, the best order first."""
     from sla_video.calibration.tuning_choice import best_order, choose_sparsities
     from sla_video.calibration.tuning_measures import worst_of
 
-    found = {}
-    for component in dict.fromkeys(name.partition(".")[0] for name in model.layers):
-        names = [name for name in model.layers if name.startswith(f"{component}.")]
-        known = [n for n in names if all(state.get(order, n) is not None for order in orders)]
+    found, state = {}, run.state
+    for component in run.components:
+        names = [name for name in run.model.layers if name.startswith(f"{component}.")]
+        known = [n for n in names if all(state.get(order, n) is not None for order in run.orders)]
         if not known:
             raise InputError(
-                f"{request.max_minutes:g} minutes were too short to measure a layer of "
+                f"{run.request.max_minutes:g} minutes were too short to measure a layer of "
                 f"{component!r}: give more --max-minutes, fewer prompts, or --spill FOLDER, which "
                 "keeps captures for the next run"
             )
         choices = []
-        for order in orders:
+        for order in run.orders:
             curves = {name: state.get(order, name) for name in known}
             worst = worst_of(curves.values())
             every = {name: curves.get(name, worst) for name in names}
-            choices.append(choose_sparsities(order, every, *goal))
-        best = best_order(choices, goal[0])
+            choices.append(choose_sparsities(order, every, goal, value))
+        best = best_order(choices, goal)
         found[component] = [best, *(choice for choice in choices if choice is not best)]
     return found
 
@@ -241,7 +240,7 @@ def _config(model: CalibratedModel, base: SLAConfig, choice: OrderChoice) -> SLA
     # What the caller keeps dense may be counted from the end.
     total = len(per_layer) + len(base.dense_layers)
     kept = [layer % total for layer in base.dense_layers]
-    mean = sum(sparse.values()) / len(sparse) if sparse else base.sparsity
+    mean = statistics.fmean(sparse.values()) if sparse else base.sparsity
     return base.replace(
         sparsity=round(mean, 6),
         layer_sparsity=sparse,
@@ -250,28 +249,20 @@ def _config(model: CalibratedModel, base: SLAConfig, choice: OrderChoice) -> SLA
     )
 
 
-def _recipe(
-    request: TuneRequest,
-    plan: TunePlan,
-    model: CalibratedModel,
-    routers: RouterSet | None,
-    configs: Mapping[str, SLAConfig],
-) -> Recipe:
-    from sla_video.calibration.capture import token_grid
-
-    sizes = {name: getattr(plan.captures, name) for name in ("frames", "height", "width")}
-    grids = {token_grid(model.pipe, **sizes, component=component) for component in configs}
-    goal, value = request.goal
-    named = None
-    if routers is not None:
-        assert request.routers is not None
-        named = RecipeRouters.of(request.routers, routers)
+def _recipe(run: TuneRun, configs: Mapping[str, SLAConfig]) -> Recipe:
+    sizes = {name: getattr(run.plan.captures, name) for name in ("frames", "height", "width")}
+    grids = {run.grid(component) for component in configs}
+    goal, value = run.request.goal
+    routers = None
+    if run.routers is not None:
+        assert run.request.routers is not None
+        routers = RecipeRouters.of(run.request.routers, run.routers)
     try:
         return Recipe(
             configs=configs,
-            models=model.identities,
+            models=run.model.identities,
             sizes=tuple(TunedSize(**sizes, grid=grid) for grid in sorted(grids)),
-            routers=named,
+            routers=routers,
             target={goal: value},
         )
     except ValueError as error:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from sla_video.calibration.calibrated_model import CalibratedModel
-from sla_video.calibration.deadline import Deadline
-from sla_video.calibration.tune_request import TunePlan, TuneRequest
+from sla_video.calibration.tune_request import TunePlan
 from sla_video.calibration.tuning_choice import OrderChoice, quality_at
-from sla_video.calibration.tuning_state import TuningState
+from sla_video.calibration.tuning_run import TuneRun
 from sla_video.calibration.tuning_timing import (
     TIMED,
+    Timed,
     middle_inputs,
     sparsity_for,
     time_forward,
     time_kept_shares,
 )
 from sla_video.config import SLAConfig
-from sla_video.pipelines.environment import device_name
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.recipe import Recipe
@@ -26,9 +24,7 @@ from sla_video.pipelines.recipe import Recipe
 _FIELDS = ("recall", "rel_l1", "error")
 
 
-def describe(
-    choices: list[OrderChoice], state: TuningState, model: CalibratedModel
-) -> dict[str, Any]:
+def describe(run: TuneRun, choices: list[OrderChoice]) -> dict[str, Any]:
     """What was measured of one transformer, as JSON can hold it.
 
     Args:
@@ -37,8 +33,8 @@ def describe(
     best = choices[0]
     layers: dict[str, dict[str, Any]] = {}
     for name, sparsity in best.sparsities.items():
-        curve = state.get(best.order, name)
-        layers[name] = {"layer": model.layer_number(name), "sparsity": sparsity}
+        curve = run.state.get(best.order, name)
+        layers[name] = {"layer": run.model.layer_number(name), "sparsity": sparsity}
         layers[name]["measured"] = curve is not None
         if curve is None:
             continue
@@ -70,56 +66,61 @@ def _mean(layers: dict[str, dict[str, Any]], part: str) -> dict[str, float] | No
     return {name: statistics.fmean(each[name] for each in found) for name in _FIELDS}
 
 
-def mean_for_time(
-    request: TuneRequest,
-    plan: TunePlan,
-    model: CalibratedModel,
-    base: SLAConfig,
-    deadline: Deadline,
-) -> float:
+def mean_for_time(run: TuneRun, base: SLAConfig) -> float:
     """The mean sparsity at which a step takes the time that is asked for.
 
     Raises:
         InputError: no sparsity is fast enough.
     """
-    deadline.stage("timing", 1 + len(TIMED))
-    inputs = middle_inputs(model.pipe, plan.captures, request.seed)
-    deadline.progress.advance()
-    forwards = _forwards(plan)
-    seconds = request.seconds_per_step
-    if request.time_ratio is not None:
-        dense = time_forward(model.pipe.transformer, inputs).seconds
-        seconds = request.time_ratio * dense * forwards
+    progress, pipe = run.deadline.progress, run.model.pipe
+    progress.stage("timing", 1 + len(TIMED))
+    inputs = _inputs(run)
+    progress.advance()
+    seconds = run.request.seconds_per_step
+    if run.request.time_ratio is not None:
+        dense = _dense(run, "transformer").seconds
+        seconds = run.request.time_ratio * dense * _forwards(run.plan)
     assert seconds is not None
-    timed = time_kept_shares(model.pipe, inputs, base, deadline.progress.advance)
-    return sparsity_for(seconds, timed, forwards)
+    timed = time_kept_shares(pipe, inputs, base, progress.advance)
+    return sparsity_for(seconds, timed, _forwards(run.plan))
 
 
-def measure_steps(
-    request: TuneRequest, plan: TunePlan, model: CalibratedModel, recipe: Recipe, deadline: Deadline
-) -> dict[str, Any]:
+def measure_steps(run: TuneRun, recipe: Recipe) -> dict[str, Any]:
     """Seconds of a step of each transformer, and the relative L2 error of its velocity."""
-    deadline.stage("checking", 2 * len(recipe.configs))
-    pipe = model.pipe
-    inputs = middle_inputs(pipe, plan.captures, request.seed)
-    found: dict[str, Any] = {"device": device_name(model.device), "steps": {}}
+    progress, pipe = run.deadline.progress, run.model.pipe
+    progress.stage("checking", 2 * len(recipe.configs))
+    inputs = _inputs(run)
+    found: dict[str, Any] = {}
     for component in recipe.configs:
         transformer = getattr(pipe, component)
-        dense = time_forward(transformer, inputs)
-        deadline.progress.advance()
+        dense = _dense(run, component)
+        progress.advance()
         try:
             with enable_sla(transformer, recipe=recipe, dense_steps=0, component=component):
                 sparse = time_forward(transformer, inputs)
         except (TypeError, ValueError) as error:
             raise InputError(f"the settings that were chosen cannot be used: {error}") from error
-        deadline.progress.advance()
+        progress.advance()
         wrong = (sparse.velocity.float() - dense.velocity.float()).norm()
-        found["steps"][component] = {
-            "dense_seconds": _forwards(plan) * dense.seconds,
-            "seconds": _forwards(plan) * sparse.seconds,
+        found[component] = {
+            "dense_seconds": _forwards(run.plan) * dense.seconds,
+            "seconds": _forwards(run.plan) * sparse.seconds,
             "velocity_error": float(wrong / dense.velocity.float().norm()),
         }
     return found
+
+
+def _inputs(run: TuneRun) -> tuple[Any, Any]:
+    """Made once: at large sizes it is minutes."""
+    if run.inputs is None:
+        run.inputs = middle_inputs(run.model.pipe, run.plan.captures, run.request.seed)
+    return run.inputs
+
+
+def _dense(run: TuneRun, component: str) -> Timed:
+    if component not in run.dense:
+        run.dense[component] = time_forward(getattr(run.model.pipe, component), _inputs(run))
+    return run.dense[component]
 
 
 def _forwards(plan: TunePlan) -> int:
