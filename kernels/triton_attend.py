@@ -56,6 +56,7 @@ def _attend_kernel(
     sparse_ptr,
     out_ptr,
     lse_ptr,
+    places_ptr,
     stride_qb,
     stride_ql,
     stride_qh,
@@ -118,6 +119,7 @@ def _attend_kernel(
         key_mean_ptr,
         indices_row_ptr,
         bias_row_ptr,
+        places_ptr,
         stride_ql,
         stride_kl,
         stride_vl,
@@ -222,6 +224,7 @@ def attend(
     sparse_dtype: SparseDtype = "bf16",
     low_query: Tensor | None = None,
     query_scale: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
     """Attention of each query block to the key blocks listed for it, mixed with that to the rest.
 
@@ -241,6 +244,7 @@ def attend(
         sums: of `sum_dropped_states`. A query block that drops nothing gets its O_s, whatever alpha
             is. None leaves the linear branch out.
         low_query, query_scale: of `block_statistics`, for low-bit keys.
+        places: `[B, H, L]` int32 of a `KeyOrder`, the one that `operands` were made with.
     """
     batch, length, heads, head_dim = query.shape
     pad = padded_dim(head_dim)
@@ -268,6 +272,7 @@ def attend(
             out_sparse,
             out,
             lse,
+            None if places is None else places.contiguous(),
             *strides(query),
             *strides(key),
             *strides(value),

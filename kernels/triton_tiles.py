@@ -50,6 +50,28 @@ def load_rows(base_ptr, stride_l, rows, ROWS: tl.constexpr, D: tl.constexpr, D_P
 
 
 @triton.jit
+def load_places(places_ptr, bh, length, start, rows, ROWS: tl.constexpr):
+    """Where the tokens from `start` on are in a head whose keys have another order, int64.
+
+    Of places `[B, H, L]`. From row `rows` on there are none: a valid one is given.
+    """
+    offs = tl.minimum(tl.arange(0, ROWS), rows - 1)
+    return tl.load(places_ptr + bh.to(tl.int64) * length + start + offs).to(tl.int64)
+
+
+@triton.jit
+def load_rows_at(
+    head_ptr, places, stride_l, rows, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Tile `[ROWS, D_PAD]` of the rows at `places`, zero from row `rows` and column D on."""
+    offs_d = tl.arange(0, D_PAD)
+    mask = (tl.arange(0, ROWS) < rows)[:, None]
+    if D < D_PAD:
+        mask = mask & (offs_d < D)[None, :]
+    return tl.load(head_ptr + places[:, None] * stride_l + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def store_rows(
     base_ptr, stride_l, x, rows, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
 ):

@@ -72,7 +72,10 @@ class TransformerPatch:
             self.layers[name].processor = processor
         # Before the step decides whether our LoRA has an effect, it has to be there.
         hooks = [LoraGuard(transformer)] if lora_parameters(transformer) else []
-        for each in (*hooks, hook):
+        orders = [p.key_order for p in self.processors.values() if p.key_order is not None]
+        # One for all layers.
+        counters = [order.counter for order in orders[:1]]
+        for each in (*hooks, hook, *counters):
             if each is not None:
                 self._hooks.append(transformer.register_forward_pre_hook(each))
         if order is not None:

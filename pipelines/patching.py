@@ -23,6 +23,7 @@ from sla_video.pipelines.families.registry import (
 )
 from sla_video.pipelines.first_steps import FirstStepsDense
 from sla_video.pipelines.handle import SLAHandle, TransformerPatch
+from sla_video.pipelines.key_order import make_layer_orders
 from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
 from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
@@ -130,6 +131,9 @@ def enable_sla(
             )
         switch = DenseSwitch()
         processors = _make_processors(name, families[name], layers, settings, router_set, switch)
+        orders = make_layer_orders(name, families[name], layers, settings, pipe)
+        for layer, key_order in orders.items():
+            processors[layer].key_order = key_order
         hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
         order = TokenOrder.of(settings.token_order, families[name])
         patch = TransformerPatch(layers, switch)

@@ -17,10 +17,12 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.api import num_selected, sla2_attention
+from sla_video.kernels.key_places import KeyOrder
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.key_order import LayerKeyOrder
 from sla_video.pipelines.layer_recorder import LayerRecorder
 from sla_video.pipelines.lora import check_not_fused
 from sla_video.pipelines.parallel import Ulysses
@@ -102,6 +104,8 @@ class SLAAttnProcessor(nn.Module):
         self.switch = switch
         self._ulysses = self._check_parallel(self._parallel_config)
         self.recorder = LayerRecorder()
+        # Set by the patch where heads have an order of their keys.
+        self.key_order: LayerKeyOrder | None = None
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
         self.attention: Attention | None = None
@@ -231,10 +235,18 @@ class SLAAttnProcessor(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
     ) -> torch.Tensor:
         """SLA2 of `[B, L, H, D]` as this layer has it, unrecorded; `changes` of its options."""
-        output: torch.Tensor = sla2_attention(
-            query, key, value, self.local_router, **{**self.operator_options, **changes}
-        )
+        options = {"key_order": self._order_keys(query, key), **self.operator_options, **changes}
+        output: torch.Tensor = sla2_attention(query, key, value, self.local_router, **options)
         return output
+
+    def _order_keys(self, query: torch.Tensor, key: torch.Tensor) -> KeyOrder | None:
+        """The order of the keys of the heads that are computed here."""
+        if self.key_order is None:
+            return None
+        heads = None
+        if self._ulysses is not None:
+            heads = self._ulysses.own_heads(len(self.key_order.kinds))
+        return self.key_order(query, key, heads)
 
     def _operator(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
@@ -242,8 +254,9 @@ class SLAAttnProcessor(nn.Module):
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
         observe = not torch.compiler.is_compiling()
+        context["key_order"] = self._order_keys(query, key)
         if observe:
-            self._observe(query, key)
+            self._observe(query, key, context["key_order"])
         result = sla2_attention(
             query,
             key,
@@ -262,7 +275,7 @@ class SLAAttnProcessor(nn.Module):
         return output
 
     @torch.no_grad()
-    def _observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _observe(self, query: torch.Tensor, key: torch.Tensor, order: KeyOrder | None) -> None:
         """Record which share of the blocks this call leaves out, without waiting for the device."""
         assert self.sparsity is not None
         if self._options["selection"] == "top_k" and not self.recorder.router_recall:
@@ -270,7 +283,7 @@ class SLAAttnProcessor(nn.Module):
             self.recorder.add("sparsity", 1 - num_selected(self.sparsity, total) / total)
             return
         dropped, recall = router_estimate(
-            query, key, self.local_router, sparsity=self.sparsity, **self._options
+            query, key, self.local_router, order, sparsity=self.sparsity, **self._options
         )
         self.recorder.add("sparsity", dropped)
         if self.recorder.router_recall:
