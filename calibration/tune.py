@@ -140,7 +140,7 @@ def _tune(run: TuneRun) -> tuple[Recipe, bool]:
     recipe = _recipe(run, {c: _config(run.model, base, found[0]) for c, found in choices.items()})
     steps = {} if run.deadline.passed else measure_steps(run, recipe)
     refined: dict[str, Any] = {}
-    for refine in REFINEMENTS:
+    for refine in REFINEMENTS if complete else ():
         try:
             found = dataclasses.replace(recipe, configs=refine(run, recipe.configs))
             if found == recipe:

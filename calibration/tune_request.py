@@ -47,6 +47,7 @@ class TuneRequest:
         time_ratio: the same as a share of the time with full attention, in (0, 1).
         token_orders: static orders to try; empty for `TOKEN_ORDERS`, or that of the routers.
         routers: a folder or hub id; None or "none" is the training-free mode.
+        key_orders: whether heads may get an order of their keys.
         sparse_dtype: of the recipe, as in `SLAConfig`.
         max_minutes: when to stop with the best so far; None for no end.
         prompts, model, dense_layers, dense_steps, capture_steps, denoising_steps, guidance_scale,
@@ -65,6 +66,7 @@ class TuneRequest:
     time_ratio: float | None = None
     token_orders: tuple[str, ...] = ()
     routers: str | None = None
+    key_orders: bool = True
     sparse_dtype: SparseDtype = "bf16"
     max_minutes: float | None = None
     prompts: tuple[str, ...] = ()

@@ -91,13 +91,14 @@ def measure_steps(run: TuneRun, recipe: Recipe) -> dict[str, Any]:
     progress.stage("checking", 2 * len(recipe.configs))
     inputs = _inputs(run)
     found: dict[str, Any] = {}
-    for component in recipe.configs:
-        transformer = getattr(pipe, component)
+    for component, config in recipe.configs.items():
         dense = _dense(run, component)
         progress.advance()
         try:
-            with enable_sla(transformer, recipe=recipe, dense_steps=0, component=component):
-                sparse = time_forward(transformer, inputs)
+            # The pipeline counts the steps for which an order of keys is kept.
+            with enable_sla(pipe, recipe=recipe, dense_steps=0):
+                scheduler = pipe.scheduler if config.key_orders else None
+                sparse = time_forward(getattr(pipe, component), inputs, scheduler)
         except (TypeError, ValueError) as error:
             raise InputError(f"the settings that were chosen cannot be used: {error}") from error
         progress.advance()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from sla_video.calibration.tuning_key_orders import key_orders
 from sla_video.calibration.tuning_run import TuneRun
 from sla_video.config import SLAConfig
 
@@ -32,4 +33,4 @@ class Refinement(Protocol):
         ...
 
 
-REFINEMENTS: tuple[Refinement, ...] = ()
+REFINEMENTS: tuple[Refinement, ...] = (key_orders,)

@@ -33,6 +33,8 @@ def summary(recipe: Recipe) -> list[str]:
                 f"; a step takes {step['seconds']:.2f} s, dense {step['dense_seconds']:.2f} s; "
                 f"velocity error {step['velocity_error']:.3f}"
             )
+        if kept := [n for n, r in recipe.measured["refinements"].items() if r["kept"]]:
+            line += f"; with {', '.join(kept).replace('_', ' ')}"
         lines.append(line)
         if found["mean_sparsity"] == 0:
             lines.append(

@@ -19,6 +19,8 @@ from sla_video.pipelines.patching import enable_sla
 # Timed for about so long, after a first run that does not count.
 _SECONDS = 1.0
 _MOST_REPEATS = 5
+# Steps that `SLAConfig.key_order_refresh` spreads the making of an order over, by default.
+_STEPS = 4
 # Uniform sparsities whose time says what a kept share costs.
 TIMED = (0.5, 0.8, 0.9, 0.97)
 
@@ -72,24 +74,35 @@ def middle_inputs(pipe: Any, plan: CalibrationPlan, seed: int) -> tuple[Any, Any
 
 
 @torch.no_grad()
-def time_forward(transformer: Any, inputs: tuple[Any, Any]) -> Timed:
-    """The median of a few runs."""
+def time_forward(transformer: Any, inputs: tuple[Any, Any], scheduler: Any = None) -> Timed:
+    """The median of a few runs; with a scheduler the mean over as many steps of it."""
     args, kwargs = inputs
+    at_step = None if scheduler is None else scheduler.step_index
 
-    def forward() -> Tensor:
+    def forward(step: int) -> Tensor:
+        if scheduler is not None:
+            scheduler._step_index = step
         output = transformer(*args, **{**kwargs, "return_dict": False})[0]
         if output.device.type == "cuda":
             torch.cuda.synchronize(output.device)
         found: Tensor = output
         return found
 
-    velocity = forward()
     seconds: list[float] = []
-    while len(seconds) < _MOST_REPEATS and sum(seconds) < _SECONDS:
-        start = time.perf_counter()
-        forward()
-        seconds.append(time.perf_counter() - start)
-    return Timed(float(np.median(seconds)), velocity)
+    try:
+        velocity = forward(0)
+        while len(seconds) < (_STEPS if scheduler is not None else _MOST_REPEATS):
+            start = time.perf_counter()
+            forward(len(seconds) + 1)
+            seconds.append(time.perf_counter() - start)
+            if scheduler is None and sum(seconds) >= _SECONDS:
+                break
+    finally:
+        if scheduler is not None:
+            scheduler._step_index = at_step
+    # What is made anew every few steps is in the mean of these.
+    middle = np.median if scheduler is None else np.mean
+    return Timed(float(middle(seconds)), velocity)
 
 
 def time_kept_shares(

@@ -61,6 +61,10 @@ def tune(
         str | None,
         typer.Option(help="Folder or hub id of trained routers.  [default: training-free]"),
     ] = None,
+    key_orders: Annotated[
+        bool,
+        typer.Option(help="Also try an order of the keys for each head; needs two prompts."),
+    ] = True,
     sparse_dtype: Annotated[
         str, typer.Option(help="Number format of the recipe: bf16, int8, int8_fp8 or int8_int8.")
     ] = "bf16",
@@ -145,6 +149,7 @@ def tune(
         time_ratio=time_ratio,
         token_orders=tuple(token_order or ()),
         routers=routers,
+        key_orders=key_orders,
         max_minutes=max_minutes,
         prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
         model=model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,14 +12,16 @@ from cli_tools import Outcome, assert_refused, call, files_below
 
 from sla_video import SLAConfig, enable_sla, load_recipe, save_routers
 from sla_video.calibration import tune as tuning
-from sla_video.calibration import tuning_measures
+from sla_video.calibration import tuning_key_orders, tuning_measures
 from sla_video.calibration.capture import Capture
 from sla_video.calibration.deadline import TimeIsUpError
+from sla_video.calibration.key_orders import LayerChoice
 from sla_video.calibration.tune_request import TuneRequest
 from sla_video.calibration.tuning_choice import OrderChoice, best_order, choose_sparsities
 from sla_video.calibration.tuning_measures import measure_layer
 from sla_video.calibration.tuning_state import TuningState
 from sla_video.calibration.tuning_timing import sparsity_for
+from sla_video.config import KeyOrderKind
 from sla_video.kernels.api import sla2_attention
 from sla_video.kernels.measures import measure_losses
 from sla_video.pipelines.errors import InputError
@@ -152,6 +154,52 @@ def test_a_mean_sparsity_with_routers(tiny_pipeline_dir: Path, here: Path) -> No
         assert pipe(**call_).frames.isfinite().all() and handle.stats().sparsity > 0.3
 
 
+def test_key_orders_are_kept_where_they_pay(
+    tiny_pipeline_dir: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is chosen is what `calibration/key_orders.py` chooses by the same captured calls."""
+    seen: list[dict[str, SLAConfig]] = []
+    judged: list[bool] = []
+    # Forced, since kinds that help are rare in random models.
+    kinds = {f"transformer.blocks.{i}.attn1": ("segment_sort", "identity") for i in range(3)}
+
+    def choose(choosing: Any, judging: Any) -> LayerChoice:
+        assert [set(call) for call in (*choosing, *judging)] == [set(get_args(KeyOrderKind))] * 2
+        density = judging[0]["identity"].density
+        return LayerChoice(
+            kinds=("segment_sort", "identity"), density=density, in_place=density, dropped=0
+        )
+
+    def pays(before: Any, after: Any) -> bool:
+        assert before["transformer"]["velocity_error"] != after["transformer"]["velocity_error"]
+        judged.append(True)
+        return len(judged) == 1
+
+    monkeypatch.setattr(tuning_key_orders, "choose_kinds", choose)
+    monkeypatch.setattr(tuning, "_pays", pays)
+    for kept in (True, False):
+        outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6", "--overwrite")
+        assert outcome.code == 0, outcome.err
+        recipe = load_recipe("recipe.json")
+        seen.append(dict(recipe.configs))
+        assert recipe.measured["refinements"]["key_orders"]["kept"] is kept
+        assert ("with key orders" in outcome.err) is kept
+    assert seen[0]["transformer"].key_orders == kinds
+    assert seen[1]["transformer"] == seen[0]["transformer"].replace(key_orders={})
+    outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6", "--overwrite", "--no-key-orders")
+    assert outcome.code == 0 and len(judged) == 2
+    assert load_recipe("recipe.json").configs == seen[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds", "wanted"), [(0.9, 1.05, True), (0.995, 1, False), (0.5, 1.2, False)]
+)
+def test_what_pays(error: float, seconds: float, wanted: bool) -> None:
+    before = {"transformer": {"velocity_error": 1.0, "seconds": 1.0}}
+    after = {"transformer": {"velocity_error": error, "seconds": seconds}}
+    assert tuning._pays(before, after) is wanted and not tuning._pays({}, after)
+
+
 def test_two_transformers_and_a_time(here: Path) -> None:
     build_tiny_pipeline(two_transformers=True).save_pretrained(here / "model")
     options = ("--time-ratio", "0.999", "--denoising-steps", "8", "--out", "two.json")
@@ -194,7 +242,7 @@ def test_the_time_is_up_and_the_rest_is_measured_later(
     changed = tune(tiny_pipeline_dir, "--target-recall", "0.7", "--seed", "1")
     assert_refused(changed, STATE, "other settings: seed 0 against 1 here", "--overwrite")
     # Another goal is chosen from the same measurements.
-    outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6")
+    outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6", "--no-key-orders")
     assert outcome.code == 0, outcome.err
     assert len(measured) == len(set(measured)) == 6
     assert "3 measurements were there from an earlier run" in outcome.err
