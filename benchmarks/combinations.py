@@ -5,12 +5,13 @@
 
 A JSON file says what is combined (default: `combinations.json` beside this script): under "axes"
 each axis with its choices by name, under "base" what holds for all. Choices are fields of
-`SLAConfig`; "routers" (a folder) and "recipe" (a file, in the place of all else) are understood,
-too. An entry of "also" is one more combination by name. Each is judged as in the quality table: by
-videos of held-out prompts, whether they show what the prompt says and how far they are from those
-of full attention; and by the velocity, attention and recall on noised held-out clips. What is
-finished lies in --out and is not done again; several GPUs share the rest: `--shard 0/2`, `--shard
-1/2`.
+`SLAConfig`; "routers" (a folder), "recipe" (a file, in the place of all else) and
+"choose_key_orders" (true: by a few prompts of the model's world, as `sla-video tune` does) are
+understood, too. An entry of "also" is one more combination by name. Each is judged as in the
+quality table: by videos of held-out prompts, whether they show what the prompt says and how far
+they are from those of full attention; and by the velocity, attention and recall on noised held-out
+clips. What is finished lies in --out and is not done again; several GPUs share the rest: `--shard
+0/2`, `--shard 1/2`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ from typing import Any
 import torch
 from quality_table import COLUMNS, Judge, write
 
+from sla_video.calibration.calibration_request import world_prompts
+from sla_video.calibration.key_orders import choose_for_model
 from sla_video.config import SLAConfig
 from sla_video.pipelines.errors import InputError, one_line
 from sla_video.pipelines.handle import SLAHandle
 from sla_video.pipelines.json_file import JsonFile
 from sla_video.pipelines.patching import enable_sla
 from sla_video.pipelines.recipe import load_recipe
+from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.tiny_wan import evaluate
-from sla_video.pipelines.tiny_wan.render import FRAME_SIZE
+from sla_video.pipelines.tiny_wan.models import GUIDANCE_SCALE, TEXT_POSITIONS
+from sla_video.pipelines.tiny_wan.render import FRAME_SIZE, NUM_FRAMES
 
 _SETTINGS = Path(__file__).with_name("combinations.json")
-_BESIDE_CONFIG = ("routers", "recipe")
+_BESIDE_CONFIG = ("routers", "recipe", "choose_key_orders")
 # Of the velocity with everything selected, in bfloat16: the order of the tokens must not matter.
 _EXACT = 0.02
+# Prompts that key orders are chosen by; the last judges.
+_CHOOSING_PROMPTS = 4
 
 Combination = dict[str, Any]
 
@@ -84,11 +91,33 @@ def config_of(settings: Mapping[str, Any]) -> SLAConfig:
     return SLAConfig.from_dict(fields)
 
 
-def enable(pipe: Any, settings: Mapping[str, Any]) -> SLAHandle:
+def enable(pipe: Any, settings: Mapping[str, Any], size: int) -> SLAHandle:
     """Put a combination in place."""
     if "recipe" in settings:
         return enable_sla(pipe, recipe=settings["recipe"])
-    return enable_sla(pipe, settings.get("routers"), config=config_of(settings))
+    config = config_of(settings)
+    if settings.get("choose_key_orders"):
+        config = config.replace(key_orders=_key_orders(pipe, settings, config, size))
+    return enable_sla(pipe, settings.get("routers"), config=config)
+
+
+def _key_orders(
+    pipe: Any, settings: Mapping[str, Any], config: SLAConfig, size: int
+) -> dict[str, Any]:
+    """An order of keys for each head, chosen on scenes that the model was trained on."""
+    routers = load_routers(settings["routers"]).routers if "routers" in settings else None
+    return choose_for_model(
+        pipe,
+        world_prompts(_CHOOSING_PROMPTS, 0),
+        frames=NUM_FRAMES,
+        height=size,
+        width=size,
+        denoising_steps=6,
+        guidance_scale=GUIDANCE_SCALE,
+        max_sequence_length=TEXT_POSITIONS[0],
+        config=config,
+        routers=routers,
+    )
 
 
 class Combinations:
@@ -127,7 +156,7 @@ class Combinations:
         if order not in self._checked | {"recipe"}:
             self._check_exact(judge, order)
             self._checked.add(order)
-        with enable(judge.pipe, settings) as handle:
+        with enable(judge.pipe, settings, self.args.size) as handle:
             self._warm_up(judge)
             report = {"combination": name, "settings": settings, **judge.measure(handle)}
         report |= {"prompts": self.args.prompts, "size": self.args.size}

@@ -20,8 +20,8 @@ from combinations import Combinations, config_of, print_table, read_combinations
 
 def test_those_of_the_file_beside_it_are_settings_that_exist() -> None:
     found = read_combinations(script._SETTINGS)
-    assert len(found) == 12
-    config = config_of(found["hilbert, 90%"])
+    assert len(found) == 24
+    config = config_of(found["hilbert, keys in place, 90%"])
     assert (config.token_order, config.sparsity, config.dense_steps) == ("hilbert", 0.9, 1)
 
 
