@@ -30,8 +30,8 @@ from sla_video.pipelines.tiny_wan.evaluate import held_out_prompts
 
 def summary(found: dict[str, LayerChoice]) -> dict[str, Any]:
     """Means over heads of what held-out calls need."""
-    in_place = torch.cat([layer.in_place for layer in found.values()])
-    gated = torch.cat([layer.density for layer in found.values()])
+    in_place = torch.cat([layer.in_place for layer in found.values()]).cpu()
+    gated = torch.cat([layer.density for layer in found.values()]).cpu()
     kinds = [kind for layer in found.values() for kind in layer.kinds]
     used = torch.tensor([kind != "identity" for kind in kinds])
     ratio = gated / in_place - 1
@@ -44,6 +44,22 @@ def summary(found: dict[str, LayerChoice]) -> dict[str, Any]:
         "kinds": dict(Counter(kinds)),
         "layers": {name: layer.kinds for name, layer in found.items()},
     }
+
+
+HEAD = (
+    "| token order | in place | gated | where used | worst head | dropped | kinds |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row of the table."""
+    where_used = "-" if row["where_used"] is None else f"{row['where_used']:+.1%}"
+    kinds = ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items())
+    return (
+        f"| {name} | {row['in_place']:.3f} | {row['gated']:.3f} | {where_used} "
+        f"| {row['worst_head']:+.1%} | {row['dropped']} | {kinds} |"
+    )
 
 
 def main() -> None:
@@ -65,8 +81,7 @@ def main() -> None:
     routers = None if args.routers is None else load_routers(args.routers).routers
     _, prompts = held_out_prompts(args.prompts)
     rows = {}
-    print("| token order | in place | gated | where used | worst head | dropped | kinds |")
-    print("|---|---|---|---|---|---|---|")
+    print(HEAD)
     for name in args.token_order:
         start = time.perf_counter()
         found = measure_model(
@@ -85,13 +100,7 @@ def main() -> None:
             every=args.every,
         )
         row = rows[name] = summary(found)
-        where_used = "-" if row["where_used"] is None else f"{row['where_used']:+.1%}"
-        kinds = ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items())
-        print(
-            f"| {name} | {row['in_place']:.3f} | {row['gated']:.3f} | {where_used} "
-            f"| {row['worst_head']:+.1%} | {row['dropped']} | {kinds} |",
-            flush=True,
-        )
+        print(line(name, row), flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     if args.json is not None:
         args.json.write_text(json.dumps({"arguments": sys.argv[1:], "rows": rows}, indent=2) + "\n")

@@ -33,8 +33,9 @@ from sla_video.pipelines.key_order import hot_room
 from sla_video.pipelines.progress import NoProgress, Progress
 
 _COMPONENTS = ("transformer", "transformer_2")
-# What a kind has to save on the prompts that it is chosen by, as a share of the density.
-_LEAST_GAIN = 0.02
+# What a kind has to save on the prompts that it is chosen by, as a share of the density: what does
+# not is not worth the measuring in every few steps.
+_LEAST_GAIN = 0.05
 
 Measures = dict[KeyOrderKind, OrderMeasures]
 
