@@ -219,6 +219,7 @@ def _enable(
             token_order=plan.token_order,
             sparse_dtype=sparse_dtype,
             compression=None if compress is None else TokenCompression(pairs=compress),
+            recipe=plan.chosen,
         )
     except (ValueError, TypeError, OSError) as error:
         raise InputError(one_line(error)) from error

@@ -18,6 +18,8 @@ from sla_video.pipelines.sparse_format import check_format
 _MAX_SEED = 2**63 - 1
 # As `routers`: the training-free mode, also for a model that comes with routers.
 NO_ROUTERS = "none"
+# What a recipe holds.
+_OF_RECIPE = ("routers", "sparsity", "token_order")
 _MAX_STEPS = 1000  # noise levels that Wan's schedulers know
 
 
@@ -30,6 +32,8 @@ class GenerationRequest:
         model: "tiny-wan", a local folder or a hub id.
         routers: a folder or hub id of trained routers; "none" is the training-free mode. `None`
             takes the model's own, where it has any for the sparsity.
+        recipe: a file or hub id of settings that `sla-video tune` chose, in the place of `routers`,
+            `sparsity` and `token_order`; its video size is the default.
         sparsity: share of the key blocks left to the linear branch, in [0, 1).
         dense: keep the model's own full attention.
         dense_steps: how many of the first steps keep it; they fix the layout of the video.
@@ -68,6 +72,7 @@ class GenerationRequest:
     prompts: tuple[str, ...]
     model: str = EMBEDDED_MODEL
     routers: str | None = None
+    recipe: str | None = None
     sparsity: float | None = None
     dense: bool = False
     dense_steps: int | None = None
@@ -101,10 +106,14 @@ class GenerationRequest:
             raise InputError('no prompt given: for instance "a red circle moves left"')
         if any(not prompt.strip() for prompt in self.prompts):
             raise InputError("`prompt` is empty: say what the video should show")
-        of_sparse = ("routers", "sparsity", "dense_steps", "token_order", "sparse_dtype")
+        of_sparse = (
+            "routers", "recipe", "sparsity", "dense_steps", "token_order", "sparse_dtype",
+        )  # fmt: skip
         given = [name for name in of_sparse if getattr(self, name) is not None]
         if self.dense and given:
             raise InputError(f"`dense` is full attention and takes no `{given[0]}`: leave one out")
+        if self.recipe is not None and (decided := [n for n in _OF_RECIPE if n in given]):
+            raise InputError(f"`recipe` decides on `{decided[0]}`: leave one of the two out")
         if self.dense and self.record:
             raise InputError("`dense` loses nothing that `record` could show: leave one out")
         if self.sparsity is not None:

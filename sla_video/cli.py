@@ -18,6 +18,7 @@ from sla_video import __version__, cli_finetune, cli_report
 from sla_video.cli_calibrate import calibrate
 from sla_video.cli_generate import generate
 from sla_video.cli_options import Device, Dtype
+from sla_video.cli_tune import tune
 from sla_video.console import PROGRAM, run_command, set_up_messages
 
 app = typer.Typer(
@@ -62,6 +63,7 @@ def root(
 
 app.command()(generate)
 app.command()(calibrate)
+app.command()(tune)
 cli_finetune.register(app)
 cli_report.register(app)
 

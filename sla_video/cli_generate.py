@@ -41,6 +41,13 @@ def generate(
             "[default: the model's own, or none]"
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings that sla-video tune chose for the model at a video size, or a hub id.",
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -160,6 +167,7 @@ def generate(
             prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
             model=model,
             routers=routers,
+            recipe=recipe,
             sparsity=sparsity,
             dense=dense,
             dense_steps=dense_steps,
