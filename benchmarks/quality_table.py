@@ -6,7 +6,8 @@
 Each row of `ROWS` chooses blocks, mixes and trains in its own way. All are calibrated, fine-tuned
 with the same number of steps, and judged on held-out prompts. What is finished lies in --out and is
 not done again, so that a run may be stopped at any time. Several GPUs share the rows:
-`CUDA_VISIBLE_DEVICES=0 … --shard 0/2`, `CUDA_VISIBLE_DEVICES=1 … --shard 1/2`.
+`CUDA_VISIBLE_DEVICES=0 … --shard 0/2`, `CUDA_VISIBLE_DEVICES=1 … --shard 1/2`. With `--together` a
+row is trained once, for all sparsities in turns, and judged at each.
 """
 
 from __future__ import annotations
@@ -59,54 +60,58 @@ class Table:
         """Train and judge what is not finished; dense attention first."""
         args = self.args
         # A row that is judged again in another format follows the one that trains it.
-        work = []
-        for place, sparsity in enumerate(args.sparsity):
+        work: list[tuple[tuple[float, ...], list[str]]] = []
+        turns = [tuple(args.sparsity)] if args.together else [(s,) for s in args.sparsity]
+        for place, sparsities in enumerate(turns):
             groups: dict[str, list[str]] = {}
             for name in METHODS if args.few and place else args.rows or ROWS:
                 groups.setdefault(ROWS[name].like or name, []).append(name)
-            work += [(sparsity, names) for names in groups.values()]
+            work += [(sparsities, names) for names in groups.values()]
         index, count = (int(x) for x in args.shard.split("/"))
         failed = False
-        for sparsity, names in work[index::count]:
+        for sparsities, names in work[index::count]:
             for name in names:
-                try:
-                    self._make(name, sparsity)
-                except (RuntimeError, ValueError, OSError):
-                    # Out of memory, a loss that diverged, a full disk: other rows may still run.
-                    print(f"{name} at {sparsity:g}: {traceback.format_exc()}", flush=True)
-                    failed = True
+                for sparsity in sparsities:
+                    try:
+                        self._make(name, sparsity, sparsities)
+                    except (RuntimeError, ValueError, OSError):
+                        # Out of memory, a loss that diverged, a full disk: others may still run.
+                        print(f"{name} at {sparsity:g}: {traceback.format_exc()}", flush=True)
+                        failed = True
         if failed:
             raise SystemExit(1)
 
-    def _make(self, name: str, sparsity: float) -> None:
-        """Train a row as it asks, and judge it, unless that is done."""
+    def _make(self, name: str, sparsity: float, sparsities: tuple[float, ...]) -> None:
+        """Train a row as it asks, for all of `sparsities`, and judge it, unless that is done."""
         args, row = self.args, ROWS[name]
-        folder = self.folder(name, sparsity)
-        if (folder / "report.json").is_file():
+        report_file = self.folder(name, (sparsity,)) / "report.json"
+        if report_file.is_file():
             return
         started = time.monotonic()
-        trained_as = row.like or name
-        if ROWS[trained_as].training is not None:
-            train(ROWS[trained_as], sparsity, args, self.folder(trained_as, sparsity))
+        folder = self.folder(row.like or name, sparsities)
+        trained_as = ROWS[row.like or name]
+        if trained_as.training is not None:
+            train(trained_as, sparsities, args, folder)
         trained = time.monotonic()
-        report = self.judge(row, sparsity, name)
+        report = self.judge(row, sparsity, folder)
         report |= {"row": name, "sparsity": sparsity, "seed": args.seed}
+        report |= {"trained_at": sparsities if trained_as.training is not None else (sparsity,)}
         report |= {"steps": args.steps, "seconds_to_train": trained - started}
-        write(folder / "report.json", report)
+        write(report_file, report)
         print(f"{trained - started:5.0f} s, {line(report)}", flush=True)
 
-    def folder(self, name: str, sparsity: float) -> Path:
-        """Where everything of a row lies."""
+    def folder(self, name: str, sparsities: tuple[float, ...]) -> Path:
+        """Where everything of a row lies that is trained at `sparsities`."""
         plain = "".join(c if c.isalnum() else "-" for c in name)
-        return Path(self.args.out) / f"{plain}@{sparsity:g}-seed{self.args.seed}"
+        at = "+".join(f"{sparsity:g}" for sparsity in sparsities)
+        return Path(self.args.out) / f"{plain}@{at}-seed{self.args.seed}"
 
-    def judge(self, row: Row, sparsity: float, name: str) -> dict[str, Any]:
-        """What the held-out prompts say of a row."""
+    def judge(self, row: Row, sparsity: float, folder: Path) -> dict[str, Any]:
+        """What the held-out prompts say of a row whose training lies in `folder`."""
         if self._judge is None:
             self._judge = _Judge(self.args, self.device)
             write(Path(self.args.out) / "dense.json", {"row": "dense", **self._judge.dense})
             print(f"        {line({'row': 'dense', **self._judge.dense})}", flush=True)
-        folder = self.folder(row.like or name, sparsity)
         routers = folder / "run" / "routers"
         if row.like is None and row.training is None:
             routers = starting_routers(row, sparsity, self.args)
@@ -173,7 +178,8 @@ def line(report: dict[str, Any]) -> str:
         for key, (_, factor) in COLUMNS.items()
     ]
     sparsity = f"{report['sparsity']:.0%}" if "sparsity" in report else ""
-    return f"| {report['row']} | {sparsity} | {' | '.join(cells)} |"
+    turns = ", in turns" if len(report.get("trained_at", ())) > 1 else ""
+    return f"| {report['row']}{turns} | {sparsity} | {' | '.join(cells)} |"
 
 
 def print_table(out: Path, collect: Path | None = None) -> None:
@@ -202,6 +208,9 @@ def main() -> None:
         "--few",
         action="store_true",
         help="at all sparsities but the first only the rows that tell methods apart",
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="train each row once, for all sparsities in turns"
     )
     parser.add_argument("--steps", type=int, default=400, help="of stage 2")
     parser.add_argument("--batch-size", type=int, default=32)

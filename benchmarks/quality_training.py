@@ -75,12 +75,15 @@ def _make_start(row: Row, sparsity: float, args: argparse.Namespace, out: Path) 
         save_routers(out, routers)
 
 
-def train(row: Row, sparsity: float, args: argparse.Namespace, folder: Path) -> None:
-    """Stage 2 of a row into `folder` / "run", unless it is there."""
+def train(row: Row, sparsities: tuple[float, ...], args: argparse.Namespace, folder: Path) -> None:
+    """Stage 2 of a row into `folder` / "run", unless it is there.
+
+    Steps take one of `sparsities` each; the routers begin as those of the middle one.
+    """
     assert row.training is not None
     if (folder / "run" / "routers" / "routers.json").is_file():
         return
-    start = starting_routers(row, sparsity, args)
+    start = starting_routers(row, sorted(sparsities)[len(sparsities) // 2], args)
     # What a run that was stopped has left.
     shutil.rmtree(folder / "run", ignore_errors=True)
     torch._dynamo.reset()
@@ -90,7 +93,7 @@ def train(row: Row, sparsity: float, args: argparse.Namespace, folder: Path) -> 
                 out=folder / "run",
                 model=args.model,
                 routers=str(start),
-                sparsity=(sparsity,),
+                sparsity=sparsities,
                 max_steps=args.steps,
                 batch_size=args.batch_size,
                 world_clips=args.world_clips,

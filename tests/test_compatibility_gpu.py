@@ -157,8 +157,9 @@ def test_quantized_products(config):
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     if config.startswith("Float8Dynamic") and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("products in FP8 need compute capability 8.9")
-    # Sizes that products in FP8 take: multiples of 16.
-    model = build_tiny_transformer(attention_head_dim=64, ffn_dim=256).to("cuda", BF16)
+    # Sizes that products in FP8 take: multiples of 16; torchao 0.18 takes one scale for a weight of
+    # 128 x 128 for a scale of a block.
+    model = build_tiny_transformer(attention_head_dim=128, ffn_dim=512).to("cuda", BF16)
     torchao.quantize_(model.blocks, getattr(torchao, config)())
     full_selection_and_removal(model, on_gpu(transformer_inputs(dtype=BF16)))
 
