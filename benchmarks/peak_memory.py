@@ -8,7 +8,7 @@ Two blocks of each model with random weights: the peak of a forward is that of a
 weights and inputs. "Output apart" is SLA2 with the output of attention, and rotated queries and
 keys, in memory of their own; with --apart its blocks are compiled, too. It has to agree to the
 last bit, as has the operator alone, several times over. Exit code 1 where it doesn't, or where
-SLA2 takes more memory than dense attention by cuDNN.
+SLA2 takes 1 MiB more than dense attention by cuDNN.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def model_rows(name: str, model: Model, args: argparse.Namespace) -> tuple[list[
         failures.append(f"{name}: compiled, the output differs by {error:.4f}")
     for mode in ("eager", "compiled"):
         ours, dense = (rows[kind, mode].peak_mib for kind in (OVER_QUERY, DENSE_CUDNN))
-        if ours > dense:
+        if ours > dense + 1:
             failures.append(f"{name} {mode}: {ours:,.1f} MiB, dense {dense:,.1f}")
     return list(rows.values()), failures
 

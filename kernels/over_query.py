@@ -35,8 +35,8 @@ def attention_over_query(
 ) -> Tensor:
     """`sla2_attention` without a context, which leaves anything in `query`.
 
-    The result may be `query` itself: where it runs in Triton, nobody asks for gradients, and
-    `query` is contiguous.
+    The result may be `query` itself: where it runs in Triton, nobody asks for gradients, and the
+    tokens of `query` lie one after the other.
 
     Args:
         query, key, value: `[B, L, H, D]`; `query` shares no memory with the others, and is not read

@@ -28,7 +28,7 @@ from sla_video.kernels.router import Router
 from sla_video.kernels.triton_autograd import mixed_attention
 from sla_video.kernels.triton_backward_routing import with_block_means
 from sla_video.kernels.triton_context import mix_context
-from sla_video.kernels.triton_in_place import attention_in_query
+from sla_video.kernels.triton_in_place import attention_in_query, rows_apart
 from sla_video.kernels.triton_key_order import ordered_attention, places_or_move
 from sla_video.kernels.triton_routing import plan_blocks
 from sla_video.kernels.triton_soft import soft_attention
@@ -106,7 +106,7 @@ def sla2_triton(
         over_query = (
             options.overwrite_query
             and context is None
-            and query.is_contiguous()
+            and rows_apart(query)
             and not needs_gradients(query, key, value, alpha)
         )
         if places is not None:

@@ -64,6 +64,20 @@ def _(query: Tensor, key: Tensor, value: Tensor, key_mean: Tensor, *more: Any) -
     return key_mean.new_empty((batch, heads, length) if more[-1] else 0)
 
 
+def rows_apart(x: Tensor) -> bool:
+    """Whether x `[B, L, H, D]` lies in memory token by token, in rows that share none of it.
+
+    So do the results of a projection, also those that are one part of a larger one.
+    """
+    batch, length, heads, head_dim = x.shape
+    return (
+        x.stride(3) == 1
+        and (heads == 1 or x.stride(2) == head_dim)
+        and (length == 1 or x.stride(1) >= heads * head_dim)
+        and (batch == 1 or x.stride(0) >= length * x.stride(1))
+    )
+
+
 def attention_in_query(
     query: Tensor,
     key: Tensor,
@@ -77,7 +91,7 @@ def attention_in_query(
     """`triton_autograd.mixed_attention` without gradients: its first result is `query`.
 
     Args:
-        query: `[B, L, H, D]`, contiguous, of which no other argument is a view.
+        query: `[B, L, H, D]`, `rows_apart`, sharing no memory with any other argument.
     """
     lse = _attention_in_query(
         query,

@@ -68,6 +68,10 @@ def _norm_rotate_kernel(
     stride_kl,
     stride_cl,
     stride_sl,
+    stride_qob,
+    stride_qol,
+    stride_kob,
+    stride_kol,
     length,
     eps,
     H: tl.constexpr,
@@ -111,11 +115,14 @@ def _norm_rotate_kernel(
     key = _normed_and_rotated(
         key, key_weight_ptr, offs_c, real, cos, sin, eps, H * D, ROWS, H_PAD, D_PAD
     )
-    offs_out = (b * length + start) * (H * D) + offs_l * (H * D) + offs_c
+    query_out_ptr += b * stride_qob + start * stride_qol
+    key_out_ptr += b * stride_kob + start * stride_kol
+    query = query.to(query_out_ptr.dtype.element_ty)
+    key = key.to(key_out_ptr.dtype.element_ty)
     if IN_PLACE:
         tl.debug_barrier()
-    tl.store(query_out_ptr + offs_out, query.to(query_out_ptr.dtype.element_ty), mask=mask)
-    tl.store(key_out_ptr + offs_out, key.to(key_out_ptr.dtype.element_ty), mask=mask)
+    tl.store(query_out_ptr + offs_l * stride_qol + offs_c, query, mask=mask)
+    tl.store(key_out_ptr + offs_l * stride_kol + offs_c, key, mask=mask)
 
 
 @torch.library.custom_op("sla_video::norm_rotate", mutates_args=())
@@ -187,7 +194,7 @@ def _launch(
     heads: int,
     eps: float,
 ) -> None:
-    """Outputs are contiguous, and may be the inputs."""
+    """Outputs may be the inputs; heads lie side by side in a row of either."""
     batch, length, _, head_dim = _split(query, heads)
     heads_pad, pad = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
@@ -207,6 +214,8 @@ def _launch(
             *key.stride()[:2],
             cos.stride(1),
             sin.stride(1),
+            *query_out.stride()[:2],
+            *key_out.stride()[:2],
             length,
             eps,
             H=heads,
@@ -241,14 +250,15 @@ def norm_rotate(
         cos, sin: `[1, L, 1, D]`, each number twice.
         heads: H.
         eps: added to the mean of squares.
-        in_place: write the result over query and key, which then have to be contiguous.
+        in_place: write the result over query and key, whose channels then have to lie side by side
+            and no two of whose rows may share memory.
 
     Returns:
-        query and key `[B, L, H, D]`, contiguous, in their own dtype; without gradients.
+        query and key `[B, L, H, D]` in their own dtype, contiguous or in place; without gradients.
     """
     if in_place:
         _norm_rotate_(query, key, query_weight, key_weight, cos, sin, heads, eps)
-        return query.view(_split(query, heads)), key.view(_split(key, heads))
+        return query.unflatten(2, (heads, -1)), key.unflatten(2, (heads, -1))
     both: tuple[Tensor, Tensor] = _norm_rotate(
         query, key, query_weight, key_weight, cos, sin, heads, eps
     )

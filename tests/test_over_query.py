@@ -76,11 +76,17 @@ def in_another_layout(query):
     return query.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def expanded(query):
+def one_token_for_all(query):
     return query[:, :1].expand(query.shape)
 
 
-@pytest.mark.parametrize("change", [with_gradients, in_another_layout, expanded])
+def overlapping(query):
+    return query.flatten().as_strided(query.shape, (0, 64, 64, 1))
+
+
+@pytest.mark.parametrize(
+    "change", [with_gradients, in_another_layout, one_token_for_all, overlapping]
+)
 def test_other_queries_stay_as_they_are(change):
     query, key, value = inputs(40)
     query = change(query)
@@ -176,9 +182,12 @@ def test_hooks_keep_what_projections_returned():
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_compilers_make_no_copy_of_the_query(memory):
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused_projections"])
+def test_compilers_make_no_copy_of_the_query(memory, fused):
     """Rotation and attention write where the projection did, in one graph."""
     model, _ = model_and_call()
+    if fused:
+        model.fuse_qkv_projections()
     enable_sla(model, config=CONFIG)
     attn = model.blocks[0].attn1
     hidden = torch.randn(1, 35, 32, device=DEVICE)

@@ -87,10 +87,12 @@ def test_values(poisoned, batch, length, heads, head_dim, dtype):
         bound = 1e-6 if dtype == torch.float32 else relative(theirs, wanted)
         assert relative(ours, wanted) <= bound
         assert relative(theirs, wanted) < 1e-2
-    own = [x.contiguous() for x in (query, key)]
-    turned = norm_rotate(*own, *weights, cos, sin, heads=heads, eps=1e-6, in_place=True)
-    for x, y, ours in zip(own, turned, got, strict=True):
+    own = inside_nan(states.to(dtype)).unbind(2)
+    value = own[2].clone()
+    turned = norm_rotate(*own[:2], *weights, cos, sin, heads=heads, eps=1e-6, in_place=True)
+    for x, y, ours in zip(own[:2], turned, got, strict=True):
         assert torch.equal(y, ours) and y.data_ptr() == x.data_ptr()
+    assert torch.equal(own[2], value), "what lies between the rows stays"
 
 
 def test_the_pairs_are_those_of_the_stock_rotary_embedding():

@@ -27,8 +27,8 @@ def norm_and_rotate(
 
     Args:
         impl: of SLA attention, as its user chose it.
-        own: the caller made query and key and reads neither after, so the result may be written
-            over them.
+        own: the caller made query and key, by projections, and reads neither after, so the result
+            may be written over them.
     """
     if rotary_emb is not None and _one_kernel(attn, query, key, rotary_emb, impl):
         # Not every platform has Triton.
@@ -42,7 +42,7 @@ def norm_and_rotate(
             *rotary_emb,
             heads=attn.heads,
             eps=attn.norm_q.eps,
-            in_place=own and query.is_contiguous() and key.is_contiguous(),
+            in_place=own and query.stride(-1) == key.stride(-1) == 1,
         )
     query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
     key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
