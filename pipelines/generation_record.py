@@ -56,7 +56,7 @@ def _describe_attention(plan: GenerationPlan, handle: SLAHandle | None) -> dict[
         return {"kind": "dense"}
     stats = handle.stats()
     return {
-        "kind": "dense" if plan.dense else "sla2",
+        "kind": "compressed" if plan.dense else "sla2",
         "achieved_sparsity": stats.sparsity,
         "config": handle.config.to_dict(),
         **_of_each_transformer(handle),

@@ -114,6 +114,10 @@ class LayerCompression:
         self._count: int | None = None
         self._counting: Later | None = None
 
+    def release(self) -> None:
+        """Drop what was put aside for this branch: no short step will follow."""
+        self._aside.pop(self._place.branch, None)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model starts anew: events of a device cannot be copied.
         return {**vars(self), "_aside": {}, "_count": None, "_counting": None, "role": None}

@@ -188,6 +188,8 @@ class TransformerCompression:
         if role is not None and self._chosen is None and step > 0:
             self._chosen = self._choose()
         for name, layer in self._layers.items():
+            if self._place.last and role != "short":
+                layer.release()
             layer.role = role if self._chosen is None or name in self._chosen else None
             if layer.role is None and not torch.compiler.is_compiling():
                 self._processors[name].recorder.add("pairs", 1.0)
