@@ -82,12 +82,11 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
     SPARSE_DTYPE: tl.constexpr,
     HALVES: tl.constexpr,
-    OVER_QUERY: tl.constexpr,
 ):
     """O_s goes to `sparse_ptr` too, if given. Without sums of states there is nothing to mix.
 
-    OVER_QUERY: `out_ptr` is `query_ptr`. No other program reads this block of queries, but warps
-    may hold other rows as they load them than as they store them, so stores wait for all loads.
+    `out_ptr` may be `query_ptr`: no other program reads this block of queries. But warps may hold
+    other rows as they load than as they store, so stores wait for the loads of all.
     """
     m = tl.program_id(0)
     bh = tl.program_id(1)
@@ -156,8 +155,7 @@ def _attend_kernel(
         store_rows(sparse_block_ptr, stride_sl, out, rows_q, BLOCK_Q, D, D_PAD)
     out_block_ptr = out_ptr + b * stride_ob + h * stride_oh + start_q * stride_ol
     if sums_ptr is None:
-        if OVER_QUERY:
-            tl.debug_barrier()
+        tl.debug_barrier()
         store_rows(out_block_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
     else:
         # A query block that drops nothing has no linear part.
@@ -172,23 +170,20 @@ def _attend_kernel(
             query = load_rows(query_block_ptr, stride_ql, rows_q, HALF, D, D_PAD)
             linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
             upper = upper * alpha + linear
-            if OVER_QUERY:
-                tl.debug_barrier()
+            tl.debug_barrier()
             store_rows(out_block_ptr, stride_ol, upper, rows_q, HALF, D, D_PAD)
             query_block_ptr += HALF * stride_ql
             out_block_ptr += HALF * stride_ol
             query = load_rows(query_block_ptr, stride_ql, rows_q - HALF, HALF, D, D_PAD)
             linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
             lower = lower * alpha + linear
-            if OVER_QUERY:
-                tl.debug_barrier()
+            tl.debug_barrier()
             store_rows(out_block_ptr, stride_ol, lower, rows_q - HALF, HALF, D, D_PAD)
         else:
             query = load_rows(query_block_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
             linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
             out = out * alpha + linear
-            if OVER_QUERY:
-                tl.debug_barrier()
+            tl.debug_barrier()
             store_rows(out_block_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
 
 
@@ -278,6 +273,5 @@ def attend(
             BLOCK_K=block_k,
             SPARSE_DTYPE=sparse_dtype,
             HALVES=block_q == 128 and (config.num_warps == 4 or config.max_registers is not None),
-            OVER_QUERY=out.data_ptr() == query.data_ptr(),
             **config.keywords(),
         )

@@ -79,11 +79,11 @@ def _norm_rotate_kernel(
     ROWS: tl.constexpr,
     H_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
 ):
     """One program per ROWS tokens of one batch entry: their queries and their keys.
 
-    IN_PLACE: outputs are inputs. Warps may hold other elements as they load than as they store.
+    Outputs may be the inputs. Warps may hold other elements as they load than as they store, so
+    stores wait for the loads of all.
     """
     start = (tl.program_id(0) * ROWS).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
@@ -119,8 +119,7 @@ def _norm_rotate_kernel(
     key_out_ptr += b * stride_kob + start * stride_kol
     query = query.to(query_out_ptr.dtype.element_ty)
     key = key.to(key_out_ptr.dtype.element_ty)
-    if IN_PLACE:
-        tl.debug_barrier()
+    tl.debug_barrier()
     tl.store(query_out_ptr + offs_l * stride_qol + offs_c, query, mask=mask)
     tl.store(key_out_ptr + offs_l * stride_kol + offs_c, key, mask=mask)
 
@@ -223,7 +222,6 @@ def _launch(
             ROWS=rows,
             H_PAD=heads_pad,
             D_PAD=pad,
-            IN_PLACE=query_out.data_ptr() == query.data_ptr(),
             num_warps=num_warps,
             maxnreg=_MAX_REGISTERS,
         )
