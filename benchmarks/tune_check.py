@@ -21,13 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The later process is told where the first one keeps what it compiled and tuned.
-KEPT = "SLA_VIDEO_TUNE_CHECK"
-CHILD = KEPT in os.environ
-folder = os.environ.get(KEPT) or tempfile.mkdtemp(prefix="tune_check_")
-# Before Triton is imported.
-os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
-os.environ["SLA_VIDEO_CACHE"] = f"{folder}/sla_video"
+# Before Triton is imported; a later process finds what the first one compiled and tuned.
+os.environ["TUNE_CHECK_FOLDER"] = os.environ.get("TUNE_CHECK_FOLDER") or tempfile.mkdtemp()
+os.environ["TRITON_CACHE_DIR"] = os.environ["TUNE_CHECK_FOLDER"] + "/triton"
+os.environ["SLA_VIDEO_CACHE"] = os.environ["TUNE_CHECK_FOLDER"] + "/sla_video"
 os.environ["TRITON_INTERPRET"] = "1" if "--dry-run" in sys.argv else "0"
 
 import torch
@@ -74,10 +71,9 @@ def first_call(shape: Shape, device: torch.device, sparse_dtype: Any) -> float:
 
 def later_process(args: argparse.Namespace) -> float:
     """Seconds of the first call in a process that finds both caches."""
-    command = [sys.executable, __file__, "--sparse-dtype", args.sparse_dtype]
+    command = [sys.executable, __file__, "--later", "--sparse-dtype", args.sparse_dtype]
     command += ["--dry-run"] if args.dry_run else []
-    environment = os.environ | {KEPT: folder}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     return float(done.stdout.split()[-1])
@@ -88,13 +84,14 @@ def main() -> None:
     parser.add_argument("--sparse-dtype", default="int8")
     parser.add_argument("--no-backward", action="store_true", help="tune the forward only")
     parser.add_argument("--json", type=Path, help="write everything there, too")
+    parser.add_argument("--later", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="at a toy size, on the CPU")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("no GPU here; --dry-run shows that the script works")
     device = torch.device("cpu" if args.dry_run else "cuda:0")
     small, large = shapes(args.dry_run)
-    if CHILD:
+    if args.later:
         print(first_call(large, device, args.sparse_dtype))
         return
     report: dict[str, Any] = {"torch": torch.__version__, "sparse_dtype": args.sparse_dtype}
