@@ -41,6 +41,7 @@ class BenchRequest:
         device: "cpu", "cuda", "cuda:N" or "mps"; `None` takes a GPU if there is one.
         dtype: "fp32", "bf16" or "fp16"; `None` takes fp32 on a CPU and bf16 elsewhere.
         repeats: timed runs of each; on a GPU as many as take a few seconds.
+        tune: first find the fastest launches of the kernels, which later processes use too.
 
     Raises:
         InputError: a size below 1, a sparsity out of range, or a format that is not known.
@@ -56,6 +57,7 @@ class BenchRequest:
     device: str | None = None
     dtype: str | None = None
     repeats: int | None = None
+    tune: bool = False
 
     def __post_init__(self) -> None:
         sizes = [("length", length) for length in self.lengths or ()]
@@ -106,6 +108,8 @@ def bench_attention(
     }
     if has_kernels(device, dtype):
         return about | _bench_on_gpu(request, device, dtype, progress)
+    if request.tune:
+        raise InputError("`tune` needs a GPU that runs the Triton kernels in 16 bits")
     if request.growth:
         raise InputError("`growth` needs a GPU that runs the Triton kernels in 16 bits")
     if request.sparse_dtype not in (None, "bf16"):
@@ -177,6 +181,7 @@ def _bench_on_gpu(
         dtype=dtype,
         repeats=request.repeats,
         progress=progress,
+        tune=request.tune,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
 from sla_video.pipelines.progress import Progress
+from sla_video.pipelines.tuning_report import tune_at, tuning_table
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +30,18 @@ def report_on_gpu(
     dtype: torch.dtype,
     repeats: int | None,
     progress: Progress,
+    tune: bool = False,
 ) -> dict[str, Any]:
     """Correctness first, then times, memory and growth.
 
+    Args:
+        tune: before that, find the fastest launches of the kernels, at the first shape and the
+            highest sparsity.
+
     Returns:
-        as JSON can hold it: `sparse_dtype`, `peers`, `shapes` (sizes, `errors` by sparsity, `rows`,
-        `memory`), `growth` (sizes, `sparsity` and `rows`), `gpu` (driver and library versions).
+        as JSON can hold it: `sparse_dtype`, `tuned` (of `tune_at`), `peers`, `shapes` (sizes,
+        `errors` by sparsity, `rows`, `memory`), `growth` (sizes, `sparsity` and `rows`), `gpu`
+        (driver and library versions).
 
     Raises:
         InputError: options that the kernels are not made for.
@@ -43,6 +50,10 @@ def report_on_gpu(
     from sla_video.kernels.peers import describe_peers
 
     report: dict[str, Any] = {"sparse_dtype": sparse_dtype, "gpu": _describe_gpu(device)}
+    report["tuned"] = None
+    if tune:
+        sparsity = max(sparsities)
+        report["tuned"] = tune_at(shapes[0], sparsity, sparse_dtype, device, dtype, progress)
     report |= {"peers": describe_peers(), "shapes": [], "growth": None}
     for shape in shapes:
         found = _report_shape(shape, sparsities, sparse_dtype, device, dtype, repeats, progress)
@@ -146,7 +157,8 @@ def _driver() -> str | None:
 
 def gpu_tables(result: Mapping[str, Any]) -> list[Table]:
     """The report as tables that are also Markdown."""
-    tables = [_shape_table(result, shape) for shape in result["shapes"]]
+    tables = [] if result["tuned"] is None else [tuning_table(result)]
+    tables += [_shape_table(result, shape) for shape in result["shapes"]]
     if result["growth"] is not None:
         tables.append(_growth_table(result))
     return tables

@@ -106,6 +106,12 @@ def bench(
         int | None,
         typer.Option(help="Timed runs; medians are shown.  [default: 5; on a GPU for seconds]"),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="First find the fastest launches of the kernels, for later runs too."
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write everything there; - for stdout."),
@@ -136,6 +142,7 @@ def bench(
         device=device,
         dtype=dtype,
         repeats=repeats,
+        tune=tune,
     )
     file = JsonFile(json_file)
     with TerminalProgress() as progress:

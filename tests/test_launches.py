@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 SAFE, FAST = LaunchConfig(4, 3), LaunchConfig(8, 2)
 SMALL = {"block_q": 32, "block_k": 32, "sparsity": 0.5}
 PROBLEM = Problem(
-    length=100, heads=1, head_dim=32, dtype=torch.float32, sparse_dtype="bf16", **SMALL
+    length=70, heads=1, head_dim=32, dtype=torch.float32, sparse_dtype="bf16", **SMALL
 )
 KERNELS = {
     "block_statistics",
@@ -267,13 +267,8 @@ class TestFile:
 
     def test_another_environment_has_another_file(self, folder, monkeypatch):
         names = set()
-        for name, value in {
-            "": "",
-            "gpu": "B",
-            "torch": "9",
-            "triton": "9",
-            "kernels": "0",
-        }.items():
+        fields = ("", "gpu", "capability", "torch", "triton", "kernels")
+        for name, value in dict.fromkeys(fields, "another").items():
             changed = launch_cache.environment(CPU) | {name: value}
             with monkeypatch.context() as patch:
                 patch.setattr(launch_cache, "environment", lambda _, changed=changed: changed)
