@@ -33,7 +33,7 @@ def describe_video(
     """What the sidecar of `video` holds, as JSON can hold it.
 
     Args:
-        handle: `None` if attention was dense.
+        handle: `None` if attention was dense and nothing was compressed.
         seconds: stage -> seconds.
     """
     settings = settings_of(request, plan)
@@ -43,7 +43,7 @@ def describe_video(
         "seed": video.seed,
         "pipeline": plan.pipeline.name,
         "settings": settings,
-        "attention": _describe_attention(handle),
+        "attention": _describe_attention(plan, handle),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "device_name": device_name(device),
         "versions": versions(),
@@ -51,13 +51,21 @@ def describe_video(
     }
 
 
-def _describe_attention(handle: SLAHandle | None) -> dict[str, Any]:
+def _describe_attention(plan: GenerationPlan, handle: SLAHandle | None) -> dict[str, Any]:
     if handle is None:
         return {"kind": "dense"}
     stats = handle.stats()
     return {
-        "kind": "sla2",
+        "kind": "compressed" if plan.dense else "sla2",
         "achieved_sparsity": stats.sparsity,
         "config": handle.config.to_dict(),
+        **_of_each_transformer(handle),
         "layers": [dict(vars(layer)) for layer in stats.layers],
     }
+
+
+def _of_each_transformer(handle: SLAHandle) -> dict[str, Any]:
+    """Settings by name where a recipe gives two transformers different ones."""
+    if all(config == handle.config for config in handle.configs.values()):
+        return {}
+    return {"configs": {name: config.to_dict() for name, config in handle.configs.items()}}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from sla_video.pipelines.lora import (
 )
 from sla_video.pipelines.lora_guard import LoraGuard
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
+from sla_video.pipelines.recipe_guard import RecipeGuard
 from sla_video.pipelines.recording import Recording, read_logs
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.stats import SLAStats
+from sla_video.pipelines.token_compression import TransformerCompression
 from sla_video.pipelines.token_order import TokenOrder
 
 logger = logging.getLogger("sla_video")
@@ -45,7 +48,9 @@ class TransformerPatch:
         self.layers = dict(layers)
         self.switch = switch
         self.processors: dict[str, SLAAttnProcessor] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle | TokenOrder] = []
+        self._hooks: list[
+            torch.utils.hooks.RemovableHandle | TokenOrder | TransformerCompression
+        ] = []
         self._hide_lora: Any = None
         # What the transformer had when the patch was taken off.
         self.removed_lora: LoraAdapter | None = None
@@ -61,7 +66,7 @@ class TransformerPatch:
         transformer: nn.Module,
         processors: Mapping[str, SLAAttnProcessor],
         hook: FirstStepsDense | None,
-        order: TokenOrder | None = None,
+        others: Iterable[TokenOrder | TransformerCompression | RecipeGuard | None] = (),
     ) -> None:
         """Put the processors in place. Everything that can fail has to be checked before."""
         self.processors = dict(processors)
@@ -70,11 +75,15 @@ class TransformerPatch:
             self.layers[name].processor = processor
         # Before the step decides whether our LoRA has an effect, it has to be there.
         hooks = [LoraGuard(transformer)] if lora_parameters(transformer) else []
-        for each in (*hooks, hook):
+        orders = [p.key_order for p in self.processors.values() if p.key_order is not None]
+        # One for all layers.
+        counters = [order.counter for order in orders[:1]]
+        for each in (*hooks, hook, *counters):
             if each is not None:
                 self._hooks.append(transformer.register_forward_pre_hook(each))
-        if order is not None:
-            self._hooks.append(order.install(transformer))
+        for other in others:
+            if other is not None:
+                self._hooks.append(other.install(transformer))
         self._hide_lora = hide_lora(transformer)
         setattr(transformer, _PATCH_ATTRIBUTE, self)
 
@@ -104,16 +113,18 @@ class SLAHandle:
     As a context manager it removes itself at the end of the block.
 
     Attributes:
-        config: the settings in use.
+        config: the settings in use; of two transformers that differ in them, those of the first.
+        configs: "transformer" (and "transformer_2") -> its settings.
     """
 
     def __init__(
         self,
         transformers: Mapping[str, nn.Module],
         identities: Mapping[str, ModelIdentity],
-        config: SLAConfig,
+        configs: Mapping[str, SLAConfig],
     ) -> None:
-        self.config = config
+        self.configs = dict(configs)
+        self.config = next(iter(self.configs.values()))
         self._transformers = dict(transformers)
         self._identities = dict(identities)
         self._patches = {
@@ -167,7 +178,15 @@ class SLAHandle:
         Args:
             resolution: (frames, height, width) in pixels that the routers were trained at.
             metrics: anything that JSON can hold.
+
+        Raises:
+            ValueError: two transformers have different settings, which a set has no room for.
         """
+        if any(config != self.config for config in self.configs.values()):
+            raise ValueError(
+                "the transformers have settings of their own, from a recipe, and files of routers "
+                "hold one for both: keep the routers that the recipe names, and the recipe"
+            )
         return RouterSet.snapshot(
             self.routers,
             config=self.config,
@@ -192,7 +211,13 @@ class SLAHandle:
         """
         return SLAStats(
             layers=tuple(
-                processor.recorder.read(name) for name, processor in self.processors.items()
+                replace(
+                    processor.recorder.read(name),
+                    cached_bytes=0
+                    if processor.compression is None
+                    else processor.compression.bytes,
+                )
+                for name, processor in self.processors.items()
             )
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sla_video.kernels.key_places import KeyOrder, take_tokens
 from sla_video.kernels.options import Options
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import (
@@ -35,6 +36,9 @@ class LayerStats:
             all heads; None unless recorded per step, as the next two.
         oracle_density: smallest share of the key blocks that holds the mass asked for (95%).
         router_density: the share that holds it in the order of the router.
+        pairs: with token compression, mean share of the query-key pairs that took part, counting
+            full steps as 1; None without.
+        cached_bytes: memory that token compression holds just now for the steps to come.
         seconds: total time of its self-attention with its projections. Device time on CUDA, time
             on the host elsewhere.
     """
@@ -48,6 +52,8 @@ class LayerStats:
     relative_l1: float | None = None
     oracle_density: float | None = None
     router_density: float | None = None
+    pairs: float | None = None
+    cached_bytes: int = 0
     seconds: float
 
 
@@ -98,11 +104,16 @@ class SLAStats:
 
 
 def router_estimate(
-    query: torch.Tensor, key: torch.Tensor, router: Router | None, **options: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    router: Router | None,
+    order: KeyOrder | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the router does with query, key `[B, L, H, D]`, and how much mass it thinks it keeps.
 
     Args:
+        order: of the keys of each head.
         options: those of `sla2_attention`.
 
     Returns:
@@ -110,7 +121,10 @@ def router_estimate(
         the router's scores, `[B, H, M]` for M query blocks (a scalar 1 when nothing is dropped).
     """
     checked = Options(**{"tau": 1.0, **options})
-    plan = route(query, key, router, checked)
+    always = None
+    if order is not None:
+        key, always = take_tokens(key, order.places), order.always
+    plan = route(query, key, router, checked, always)
     if plan.dropped is None:
         return key.new_zeros(()), key.new_ones(())
     # [B, H, N, D], [B, H, M, N]

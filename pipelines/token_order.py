@@ -139,6 +139,11 @@ class TokenOrder:
         return order.to(like.device)
 
 
+def order_on(like: Tensor, name: str, t: int, h: int, w: int) -> Tensor:
+    """`[L]`: the raster place of each token, on the device of `like`."""
+    return _cached_orders(name, (t, h, w), str(like.device))[0]
+
+
 @torch.library.custom_op("sla_video::token_orders", mutates_args=())
 def _orders(hidden_states: Tensor, name: str, t: int, h: int, w: int) -> Tensor:
     """`[2, L]` on the device of `hidden_states`. One opaque step to compiled code."""

@@ -41,6 +41,13 @@ def generate(
             "[default: the model's own, or none]"
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings that sla-video tune chose for the model at a video size, or a hub id.",
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -53,6 +60,20 @@ def generate(
     ] = False,
     dense_steps: DenseSteps = None,
     token_order: TokenOrder = None,
+    sparse_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of the sparse branch: bf16, int8, int8_fp8 or int8_int8.  "
+            "[default: that of low-bit routers; else bf16, on a GPU the fastest it has]"
+        ),
+    ] = None,
+    compress: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the query-key pairs, above 0 to 1, that half of the layers compute in "
+            "three of four steps; 0.5 drops half of the keys.  [default: all]"
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.  [default: the model's own]")
     ] = None,
@@ -130,6 +151,7 @@ def generate(
     Examples:
       sla-video generate "a red circle moves left on a white background"
       sla-video generate "a cat surfing" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out cat.mp4
+      sla-video generate "a red circle moves left" --compress 0.5 --out compressed.mp4
       sla-video generate "it turns" --image cat.jpg --model Wan-AI/Wan2.2-TI2V-5B-Diffusers
       torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
     """
@@ -145,10 +167,13 @@ def generate(
             prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
             model=model,
             routers=routers,
+            recipe=recipe,
             sparsity=sparsity,
             dense=dense,
             dense_steps=dense_steps,
             token_order=token_order,
+            sparse_dtype=sparse_dtype,
+            compress=compress,
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,

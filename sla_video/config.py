@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from sla_video.config_checks import check_integer, check_number
+from sla_video.config_compression import TokenCompression
 
 SparseDtype = Literal["bf16", "int8", "int8_fp8", "int8_int8"]
 Implementation = Literal["auto", "reference", "torch", "triton"]
 AlphaKind = Literal["adaptive", "per_block"]
 PhiKey = Literal["smoothed", "raw"]
 Selection = Literal["top_k", "top_p"]
+KeyOrderKind = Literal["identity", "segment_sort", "hot_peel"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sparse_dtype": get_args(SparseDtype),
@@ -57,6 +61,13 @@ class SLAConfig:
         token_order: the order of the tokens, which decides what is together in a block: "raster"
             (frame by frame, row by row), "tile:4,4,4" (frames, rows and columns of a tile),
             "morton", "hilbert", or "axes:hwt" (the axes from the slowest to the fastest).
+        key_orders: layer, for instance "transformer.blocks.0.attn1" -> for each head what is done
+            about the order of its keys: "identity", nothing; "segment_sort", important keys first
+            in every 512; "hot_peel", the most important 2% in blocks that every query keeps.
+            Layers that are not named leave their keys in place.
+        key_order_refresh: denoising steps for which an order of keys is kept. Without a pipeline,
+            whose scheduler counts them, it is made anew in each call.
+        compression: attention among fewer tokens in some layers and steps; None is none.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
@@ -79,29 +90,37 @@ class SLAConfig:
     min_selected: int = 1
     max_selected: int | None = None
     token_order: str = "raster"
+    key_orders: Mapping[str, Sequence[KeyOrderKind]] = field(default_factory=dict, hash=False)
+    key_order_refresh: int = 4
+    compression: TokenCompression | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
-        _check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
-        _check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
-        _check_integer("dense_steps", self.dense_steps, minimum=0)
-        _check_integer("block_q", self.block_q, minimum=1)
-        _check_integer("block_k", self.block_k, minimum=1)
-        _check_integer("min_selected", self.min_selected, minimum=1)
+        check_number("sparsity", self.sparsity, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
+        check_integer("dense_steps", self.dense_steps, minimum=0)
+        check_integer("block_q", self.block_q, minimum=1)
+        check_integer("block_k", self.block_k, minimum=1)
+        check_integer("min_selected", self.min_selected, minimum=1)
         if self.max_selected is not None:
-            _check_integer("max_selected", self.max_selected, minimum=self.min_selected)
+            check_integer("max_selected", self.max_selected, minimum=self.min_selected)
         if not isinstance(self.router_per_head, bool):
             raise TypeError(f"`router_per_head` must be a bool, got {self.router_per_head!r}")
+        if not isinstance(self.compression, (TokenCompression, type(None))):
+            raise TypeError(
+                f"`compression` must be a TokenCompression or None, got {self.compression!r}"
+            )
         self._check_alpha()
         self._check_token_order()
+        self._freeze_key_orders()
         self._freeze_layers()
 
     def _check_alpha(self) -> None:
         if self.num_query_blocks is not None:
-            _check_integer("num_query_blocks", self.num_query_blocks, minimum=1)
+            check_integer("num_query_blocks", self.num_query_blocks, minimum=1)
         if (self.alpha == "per_block") != (self.num_query_blocks is not None):
             raise ValueError(
                 "`num_query_blocks` must be given with alpha='per_block' and only then, "
@@ -119,6 +138,26 @@ class SLAConfig:
         if order in ("axes:thw", "tile:1,1,1"):
             object.__setattr__(self, "token_order", "raster")
 
+    def _freeze_key_orders(self) -> None:
+        check_integer("key_order_refresh", self.key_order_refresh, minimum=1)
+        if not isinstance(self.key_orders, Mapping):
+            raise TypeError(
+                "`key_orders` must map names of layers to a kind for each head, "
+                f"got {self.key_orders!r}"
+            )
+        known = get_args(KeyOrderKind)
+        frozen = {}
+        for layer, kinds in self.key_orders.items():
+            listed = isinstance(kinds, Sequence) and not isinstance(kinds, str)
+            listed = listed and len(kinds) > 0 and all(kind in known for kind in kinds)
+            if not isinstance(layer, str) or not listed:
+                raise ValueError(
+                    f"`key_orders` must have {', '.join(known)} for each head of a layer, "
+                    f"got {kinds!r} for {layer!r}"
+                )
+            frozen[layer] = tuple(kinds)
+        object.__setattr__(self, "key_orders", frozen)
+
     def _freeze_layers(self) -> None:
         """Check the fields that speak of single layers, and keep copies of our own."""
         if not isinstance(self.layer_sparsity, Mapping):
@@ -127,15 +166,15 @@ class SLAConfig:
                 f"got {self.layer_sparsity!r}"
             )
         for layer, value in self.layer_sparsity.items():
-            _check_integer("layer_sparsity", layer)
-            _check_number(f"layer_sparsity[{layer}]", value, "in [0, 1)", lambda x: 0 <= x < 1)
+            check_integer("layer_sparsity", layer)
+            check_number(f"layer_sparsity[{layer}]", value, "in [0, 1)", lambda x: 0 <= x < 1)
         if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Sequence):
             raise TypeError(
                 "`dense_layers` must be a list of layer numbers, for instance [0, -1], "
                 f"got {self.dense_layers!r}"
             )
         for layer in self.dense_layers:
-            _check_integer("dense_layers", layer)
+            check_integer("dense_layers", layer)
         object.__setattr__(self, "layer_sparsity", dict(self.layer_sparsity))
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
@@ -161,6 +200,8 @@ class SLAConfig:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["layer_sparsity"] = {str(k): v for k, v in self.layer_sparsity.items()}
         values["dense_layers"] = list(self.dense_layers)
+        values["key_orders"] = {layer: list(kinds) for layer, kinds in self.key_orders.items()}
+        values["compression"] = self.compression and self.compression.to_dict()
         return values
 
     @classmethod
@@ -182,6 +223,8 @@ class SLAConfig:
         layers = fields.get("layer_sparsity")
         if isinstance(layers, Mapping):
             fields["layer_sparsity"] = {_layer_from_key(key): v for key, v in layers.items()}
+        if fields.get("compression") is not None:
+            fields["compression"] = TokenCompression.from_dict(fields["compression"])
         return cls(**fields)
 
 
@@ -209,18 +252,3 @@ def _resolve_layers(name: str, layers: Iterable[int], num_layers: int) -> list[t
             )
         resolved[index] = layer
     return list(resolved.items())
-
-
-def _check_number(name: str, value: object, interval: str, within: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number {interval}, got {value!r}")
-    if not within(value):
-        raise ValueError(f"`{name}` must be {interval}, got {value}")
-
-
-def _check_integer(name: str, value: object, *, minimum: int | None = None) -> None:
-    bound = "" if minimum is None else f" of at least {minimum}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer{bound}, got {value!r}")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")

@@ -15,9 +15,11 @@ PARTS = ("kernels", "pipelines", "calibration")
 # What each part may import of this package, besides itself.
 ALLOWED = {
     "kernels": set(),
-    "pipelines": {"kernels", "config", "__version__"},
-    "calibration": {"kernels", "pipelines", "config", "__version__"},
-    "config": set(),
+    "pipelines": {"kernels", "config", "config_compression", "__version__"},
+    "calibration": {"kernels", "pipelines", "config", "config_compression", "__version__"},
+    "config": {"config_checks", "config_compression"},
+    "config_checks": set(),
+    "config_compression": {"config_checks"},
     "console": {"pipelines"},
     "cli": {
         "kernels",
@@ -30,6 +32,7 @@ ALLOWED = {
         "cli_generate",
         "cli_options",
         "cli_report",
+        "cli_tune",
         "__version__",
     },
     "cli_calibrate": {"pipelines", "calibration", "cli_options"},
@@ -37,12 +40,14 @@ ALLOWED = {
     "cli_generate": {"pipelines", "console", "cli_options"},
     "cli_options": set(),
     "cli_report": {"pipelines"},
-    "__init__": {"kernels", "pipelines", "config"},
+    "cli_tune": {"pipelines", "calibration", "cli_options"},
+    "__init__": {"kernels", "pipelines", "config", "config_compression"},
 }
 FORBIDDEN_IN_KERNELS = {"diffusers", "transformers", "accelerate", "huggingface_hub", "typer"}
 OWN_NAMES = {
-    *PARTS, "config", "console", "cli", "cli_calibrate", "cli_finetune", "cli_generate",
-    "cli_options", "cli_report", "assets", "__version__",
+    *PARTS, "config", "config_checks", "config_compression", "console", "cli", "cli_calibrate",
+    "cli_finetune", "cli_generate", "cli_options", "cli_report", "cli_tune", "assets",
+    "__version__",
 }  # fmt: skip
 
 

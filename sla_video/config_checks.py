@@ -1,0 +1,22 @@
+"""What the settings have in common: numbers that are of the right type and in range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def check_number(name: str, value: object, interval: str, within: Callable[[float], bool]) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is in the `interval`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number {interval}, got {value!r}")
+    if not within(value):
+        raise ValueError(f"`{name}` must be {interval}, got {value}")
+
+
+def check_integer(name: str, value: object, *, minimum: int | None = None) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError if it is below `minimum`."""
+    bound = "" if minimum is None else f" of at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer{bound}, got {value!r}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
