@@ -1,96 +1,109 @@
 """What an order of the keys for each head is worth on the embedded model.
 
 For each layer and head: the share of the key blocks that hold 95% of the softmax mass, best pooled
-scores first, in the order of the tokens, with keys sorted within segments and with hot keys peeled
-off. The gate picks one for each head on some noise levels and is judged on the others. Reproduce:
+scores first, with keys in place, sorted within segments and with hot keys peeled off. The gate
+picks one for each head on some prompts and is judged on others, while the dense pipeline denoises
+them. Reproduce:
 
-    python benchmarks/key_orders.py --token-order raster hilbert
+    python benchmarks/key_orders.py --token-order raster hilbert tile:4,4,4
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+import time
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from sla_video.calibration.key_orders import LayerChoice, measure_model
 from sla_video.config import SLAConfig
-from sla_video.kernels.key_order import (
-    KeyOrderKind,
-    choose_key_orders,
-    density_at_recall,
-    key_importance,
-    make_key_order,
-)
 from sla_video.pipelines.loading import load_pipeline
 from sla_video.pipelines.model_source import find_model
-from sla_video.pipelines.patching import enable_sla
-from sla_video.pipelines.processor import SLAAttnProcessor
-from sla_video.pipelines.tiny_wan.fidelity import make_probe
-
-# One query block in so many.
-EVERY = 8
+from sla_video.pipelines.router_files import load_routers
+from sla_video.pipelines.tiny_wan.evaluate import held_out_prompts
 
 
-class Gate:
-    """Full attention, which judges the kinds on one half of the batch and the gate on the other."""
+def summary(found: dict[str, LayerChoice]) -> dict[str, Any]:
+    """Means over heads of what held-out calls need."""
+    in_place = torch.cat([layer.in_place for layer in found.values()]).cpu()
+    gated = torch.cat([layer.density for layer in found.values()]).cpu()
+    kinds = [kind for layer in found.values() for kind in layer.kinds]
+    used = torch.tensor([kind != "identity" for kind in kinds])
+    ratio = gated / in_place - 1
+    return {
+        "in_place": float(in_place.mean()),
+        "gated": float(gated.mean()),
+        "where_used": float(ratio[used].mean()) if used.any() else None,
+        "worst_head": float(ratio.max()),
+        "dropped": sum(layer.dropped for layer in found.values()),
+        "kinds": dict(Counter(kinds)),
+        "layers": {name: layer.kinds for name, layer in found.items()},
+    }
 
-    def __init__(self) -> None:
-        self.chosen: list[KeyOrderKind] = []
-        # Held-out densities by kind: of each layer `[H]`.
-        self.densities: dict[str, list[Tensor]] = {}
-        self.gated: list[Tensor] = []
 
-    def __call__(
-        self, _processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
-        # Every other clip, so that both halves have high and low noise.
-        kinds, known = choose_key_orders(query[::2], key[::2], every=EVERY)
-        importance = key_importance(query[1::2], key[1::2])
-        held_out = {
-            kind: density_at_recall(
-                query[1::2], key[1::2], make_key_order(kind, importance), every=EVERY
-            )
-            for kind in known
-        }
-        for kind, density in held_out.items():
-            self.densities.setdefault(kind, []).append(density)
-        self.gated.append(torch.stack([held_out[kind][head] for head, kind in enumerate(kinds)]))
-        self.chosen += kinds
-        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+HEAD = (
+    "| token order | in place | gated | where used | worst head | dropped | kinds |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row of the table."""
+    where_used = "-" if row["where_used"] is None else f"{row['where_used']:+.1%}"
+    kinds = ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items())
+    return (
+        f"| {name} | {row['in_place']:.3f} | {row['gated']:.3f} | {where_used} "
+        f"| {row['worst_head']:+.1%} | {row['dropped']} | {kinds} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--token-order", nargs="+", default=["raster"])
-    parser.add_argument("--clips", type=int, default=1, help="held-out clips, at four noise levels")
+    parser.add_argument("--prompts", type=int, default=4, help="half of them judge")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps")
+    parser.add_argument("--capture-steps", type=int, default=2, help="looked at, of each prompt")
+    parser.add_argument("--sparsity", type=float, default=0.95)
+    parser.add_argument("--every", type=int, default=8, help="one query block in so many")
+    parser.add_argument("--routers", help="folder of trained routers; default: none")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    folder = find_model("tiny-wan").folder
-    assert folder is not None
+    source = find_model("tiny-wan")
+    assert source.folder is not None
     device = torch.device(args.device)
-    pipe = load_pipeline(folder, device=device, dtype=torch.float32, offload=False)
-    probe = make_probe(pipe, clips=args.clips)
-    print("| token order | identity | segment sort | hot-peel | gated | worst head | chosen |")
-    print("|---|---|---|---|---|---|---|")
+    pipe = load_pipeline(source.folder, device=device, dtype=torch.float32, offload=False)
+    routers = None if args.routers is None else load_routers(args.routers).routers
+    _, prompts = held_out_prompts(args.prompts)
+    rows = {}
+    print(HEAD)
     for name in args.token_order:
-        gate = Gate()
-        with enable_sla(pipe, config=SLAConfig(token_order=name)) as handle, torch.no_grad():
-            for processor in handle.processors.values():
-                processor.attention = gate
-            pipe.transformer(probe.noisy, probe.timestep, probe.text, return_dict=False)
-        every = {kind: torch.stack(found) for kind, found in gate.densities.items()}
-        gated = torch.stack(gate.gated)
-        means = " | ".join(f"{float(density.mean()):.3f}" for density in every.values())
-        worst = float((gated / every["identity"]).max() - 1)
-        chosen = ", ".join(f"{kind} {count}" for kind, count in Counter(gate.chosen).items())
-        print(
-            f"| {name} | {means} | {float(gated.mean()):.3f} | {worst:+.1%} | {chosen} |",
-            flush=True,
+        start = time.perf_counter()
+        found = measure_model(
+            pipe,
+            prompts,
+            frames=source.defaults.frames,
+            height=source.defaults.height,
+            width=source.defaults.width,
+            denoising_steps=args.steps,
+            guidance_scale=source.defaults.guidance_scale,
+            max_sequence_length=source.defaults.max_sequence_length,
+            config=SLAConfig(token_order=name, sparsity=args.sparsity),
+            routers=routers,
+            held_out=args.prompts // 2,
+            capture_steps=args.capture_steps,
+            every=args.every,
         )
+        row = rows[name] = summary(found)
+        print(line(name, row), flush=True)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"arguments": sys.argv[1:], "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Table:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._judge: _Judge | None = None
+        self._judge: Judge | None = None
 
     def run(self) -> None:
         """Train and judge what is not finished; dense attention first."""
@@ -109,7 +109,7 @@ class Table:
     def judge(self, row: Row, sparsity: float, folder: Path) -> dict[str, Any]:
         """What the held-out prompts say of a row whose training lies in `folder`."""
         if self._judge is None:
-            self._judge = _Judge(self.args, self.device)
+            self._judge = Judge(self.args, self.device)
             write(Path(self.args.out) / "dense.json", {"row": "dense", **self._judge.dense})
             print(f"        {line({'row': 'dense', **self._judge.dense})}", flush=True)
         routers = folder / "run" / "routers"
@@ -128,8 +128,12 @@ class Table:
             return self._judge.measure(handle)
 
 
-class _Judge:
-    """The pipeline, its dense videos and the probe; all of it is made once."""
+class Judge:
+    """The pipeline, its dense videos and the probe; all of it is made once.
+
+    Args:
+        args: `model`, `size` in pixels a side, and the number of `prompts`.
+    """
 
     def __init__(self, args: argparse.Namespace, device: str) -> None:
         self.pipe = evaluate.load_pipeline(args.model, None, "ema").to(device)

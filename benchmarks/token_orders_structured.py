@@ -55,16 +55,22 @@ def smooth_field(grid: Grid, lengths: Tensor, generator: torch.Generator) -> Ten
     return (field / field.std()).flatten(0, 2)
 
 
-def make_head(grid: Grid, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K before the rotary embedding and V of one head, `[L, D]` each."""
+def make_head(
+    grid: Grid, generator: torch.Generator, fields: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K before the rotary embedding and V of one head, `[L, D]` each.
+
+    `fields`: where they are drawn from, for another video of the same head.
+    """
+    fields = fields or generator
 
     def uniform(low: float, high: float, *size: int) -> Tensor:
         drawn = torch.rand(*size, generator=generator, device=generator.device)
         return low + (high - low) * drawn
 
     lengths = uniform(0.5, 4.0, 3)
-    content = smooth_field(grid, lengths, generator)
-    noise = torch.randn(content.shape, generator=generator, device=content.device)
+    content = smooth_field(grid, lengths, fields)
+    noise = torch.randn(content.shape, generator=fields, device=content.device)
     # Wan's split of the channels: frames, rows, columns.
     sides = [HEAD_DIM - 4 * (HEAD_DIM // 6), 2 * (HEAD_DIM // 6), 2 * (HEAD_DIM // 6)]
     power = torch.repeat_interleave(
@@ -74,7 +80,7 @@ def make_head(grid: Grid, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     share, place, strength = uniform(0.2, 0.8, 1), uniform(0.5, 1.5, 1), uniform(1.2, 2.2, 1)
     query = strength * (share * content + place * constant)
     key = strength * (share * content + place * constant + (1 - share) * noise)
-    value = smooth_field(grid, lengths, generator)
+    value = smooth_field(grid, lengths, fields)
     return query, key, value
 
 

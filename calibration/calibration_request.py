@@ -154,8 +154,11 @@ class CalibrationPlan:
     folders: tuple[Path, ...]
 
 
-def plan_calibration(request: CalibrationRequest) -> CalibrationPlan:
+def plan_calibration(request: CalibrationRequest, *, name_folders: bool = True) -> CalibrationPlan:
     """Find the model and check the request against it.
+
+    Args:
+        name_folders: whether routers will be written, into folders that are not taken.
 
     Raises:
         InputError: no such model, sizes that it cannot make, layers it does not have, or an output
@@ -180,8 +183,9 @@ def plan_calibration(request: CalibrationRequest) -> CalibrationPlan:
         most = _EMBEDDED_DENOISING_STEPS if embedded else _MOST_DENOISING_STEPS
         steps = min(defaults.steps, most)
     names = [Path(f"{value:g}") for value in sparsities] if len(sparsities) > 1 else [Path()]
-    folders = tuple(request.out.expanduser() / name for name in names)
-    _check_free(request, folders)
+    folders = tuple(request.out.expanduser() / name for name in names if name_folders)
+    if name_folders:
+        _check_free(request, folders)
     prompts = tuple(" ".join(prompt.split()) for prompt in request.prompts)
     return CalibrationPlan(
         source=source,

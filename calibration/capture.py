@@ -97,10 +97,18 @@ def sequence_length(
     pipe: Any, frames: int, height: int, width: int, component: str = COMPONENTS[0]
 ) -> int:
     """L of a video of these sizes in pixels."""
+    return math.prod(token_grid(pipe, frames, height, width, component))
+
+
+def token_grid(
+    pipe: Any, frames: int, height: int, width: int, component: str = COMPONENTS[0]
+) -> tuple[int, int, int]:
+    """(T, H, W) in tokens of a video of these sizes in pixels."""
     scale = pipe.vae_scale_factor_spatial
     sizes = ((frames - 1) // pipe.vae_scale_factor_temporal + 1, height // scale, width // scale)
     patches = getattr(pipe, component).config.patch_size
-    return math.prod(size // patch for size, patch in zip(sizes, patches, strict=True))
+    t, h, w = (size // patch for size, patch in zip(sizes, patches, strict=True))
+    return t, h, w
 
 
 def plan_calls(pipe: Any, plan: CapturePlan) -> dict[str, tuple[CallKey, ...]]:

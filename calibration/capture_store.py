@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +180,14 @@ class CaptureSource:
 
     def __iter__(self) -> Iterator[tuple[str, list[Capture]]]:
         """Each layer and its calls, in host memory, in the order of `calls_of`."""
+        return self.only(self._layers)
+
+    def only(self, names: Container[str]) -> Iterator[tuple[str, list[Capture]]]:
+        """The same for some of the layers."""
         for number, group in enumerate(self._groups):
-            store = self._captured(group, number)
-            for layer in group:
+            wanted = [layer for layer in group if layer in names]
+            store = self._captured(group, number) if wanted else MemoryStore()
+            for layer in wanted:
                 yield layer, [store.get(layer, key) for key in self.calls_of(layer)]
 
     def _captured(self, group: Sequence[str], number: int) -> MemoryStore | SpillStore:

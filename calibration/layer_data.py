@@ -5,7 +5,7 @@ Letters: B batch, H heads, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,14 +122,18 @@ class LayerData:
         return lambda: made
 
 
-@torch.no_grad()
 def judge(data: LayerData, router: Router | None, sparsity: float) -> Quality:
     """SLA2 with hard selection on the held-out rows."""
-    count = num_selected(sparsity, data.num_key_blocks)
+    return judge_tables(data.held_out(), router, sparsity)
+
+
+@torch.no_grad()
+def judge_tables(calls: Iterable[RowTables], router: Router | None, sparsity: float) -> Quality:
+    """SLA2 with hard selection on the rows of these calls."""
     sums = torch.zeros(4, dtype=torch.float64)
-    calls = 0
-    for tables in data.held_out():
-        result = attend(tables, router, count, None)
+    count = 0
+    for tables in calls:
+        result = attend(tables, router, num_selected(sparsity, tables.num_key_blocks), None)
         weight = tables.row_weight[:, :, None]
         error = (result.output - tables.target) * weight
         target = tables.target * weight
@@ -142,8 +146,8 @@ def judge(data: LayerData, router: Router | None, sparsity: float) -> Quality:
                 (result.recall * rows).sum() / rows.sum(),
             ]
         ).cpu()
-        calls += 1
-    error_, rel_l1, rel_l2, recall = (sums / calls).tolist()
+        count += 1
+    error_, rel_l1, rel_l2, recall = (sums / count).tolist()
     return Quality(error=error_, rel_l1=rel_l1, rel_l2=rel_l2, recall=recall)
 
 

@@ -203,6 +203,12 @@ def _patch(transformer: nn.Module, config: FinetuneConfig) -> SLAHandle:
             handle = enable_sla(transformer, config.routers, sparsity=config.sparsity[0], **changes)
         except (TypeError, ValueError) as error:
             raise InputError(one_line(error)) from error
+        if handle.config.key_orders:
+            handle.remove()
+            raise InputError(
+                f"{config.routers} come with an order of keys (`key_orders`), which is chosen for "
+                "routers that are trained already: train the routers that it was chosen for"
+            )
     for processor in handle.processors.values():
         processor.original = DenseSelfAttention()
     return handle

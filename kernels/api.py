@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sla_video.kernels.context import Context, check_context
+from sla_video.kernels.key_places import KeyOrder, check_key_order
 from sla_video.kernels.options import Options, PhiK, Selection, SparseDtype, num_selected
 from sla_video.kernels.reference import sla2_reference
 from sla_video.kernels.router import Router
@@ -46,6 +47,7 @@ class _Implementation(Protocol):
         *,
         need_lse: bool,
         context: Context | None = None,
+        key_order: KeyOrder | None = None,
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -65,6 +67,7 @@ class _Settings(TypedDict, total=False):
     tau: float
     context: tuple[Tensor, Tensor] | None
     context_mask: Tensor | None
+    key_order: KeyOrder | None
 
 
 @overload
@@ -123,6 +126,7 @@ def sla2_attention(
     tau: float = 0.1,
     context: tuple[Tensor, Tensor] | None = None,
     context_mask: Tensor | None = None,
+    key_order: KeyOrder | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse-linear self-attention with a learned router (SLA2, arXiv 2602.12675).
 
@@ -156,6 +160,8 @@ def sla2_attention(
             exactly, text tokens for instance. The share of the sequence is estimated as its mix
             weight says. With `sparsity=0` this is full attention to sequence and context.
         context_mask: `[B, C]` boolean, False on tokens of the context that are not there.
+        key_order: which keys of a head are together in a block, and how many leading blocks all of
+            its queries keep. Query and output stay in their order. Not with "soft_top_k".
 
     Returns:
         `[B, L, H, D]` in the dtype of `query`. With `return_lse`, also `[B, H, L]` in float32
@@ -178,16 +184,47 @@ def sla2_attention(
         max_selected=max_selected,
         tau=tau,
     )
+    return attend(
+        query,
+        key,
+        value,
+        router,
+        options,
+        impl,
+        return_lse,
+        context=context,
+        mask=context_mask,
+        key_order=key_order,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    router: Router | None,
+    options: Options,
+    impl: Implementation,
+    return_lse: bool,
+    *,
+    context: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+    key_order: KeyOrder | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`sla2_attention` with its options put together; raises what it raises."""
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_tensors(query, key, value, router)
-    extra = check_context(context, context_mask, query, cast=torch.is_autocast_enabled(device))
+    extra = check_context(context, mask, query, cast=torch.is_autocast_enabled(device))
+    order = check_key_order(key_order, query, options.selection)
     run = _choose(impl, query, options)
     # The operator picks the precision of each step itself.
     with torch.autocast(device, enabled=False):
-        out, lse = run(query, key, value, router, options, need_lse=return_lse, context=extra)
+        out, lse = run(
+            query, key, value, router, options, need_lse=return_lse, context=extra, key_order=order
+        )
     return out if lse is None else (out, lse)
 
 

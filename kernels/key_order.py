@@ -7,62 +7,65 @@ for each head, offline, by the share of blocks that it needs (`choose_key_orders
 
 A language model's last block of queries says which keys matter. Video attention has no last block:
 probes are spread over all queries. Queries keep their order, for blocks of them share a selection.
-Orders are lists of places and K and V are not copied: `sla2_with_key_order` says how an
-implementation finds its keys. Letters: B batch, H heads, L tokens, D head dimension, M query
-blocks, N key blocks.
+Orders are lists of places, which the operator takes (`key_places`). Letters: B batch, H heads,
+L tokens, D head dimension, M query blocks, N key blocks.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sla_video.kernels.options import num_selected
-from sla_video.kernels.reference import (
-    block_scores,
-    linear_branch,
-    mix_weight,
-    sparse_branch,
-    top_k_mask,
-)
+from sla_video.kernels.key_order_measures import measure_orders
+from sla_video.kernels.key_places import KeyOrder
 from sla_video.kernels.router import Router
-from sla_video.kernels.token_order import inverse_order
+from sla_video.kernels.routing import compute_dtype
 
 KeyOrderKind = Literal["identity", "segment_sort", "hot_peel"]
 
-
-class KeyOrder(NamedTuple):
-    """Where the keys of each head are.
-
-    Attributes:
-        places: `[B, H, L]` int64; block n of head h holds the tokens `places[b, h, n * block_k:]`.
-        always: `[H]` int64: leading blocks that every query keeps.
-    """
-
-    places: Tensor
-    always: Tensor
+# Share of the keys that "hot_peel" moves.
+HOT_SHARE = 0.02
+# Logits of one chunk of `key_importance`, in elements: 256 MiB in float32.
+_CHUNK_ELEMENTS = 64 * 2**20
 
 
+@torch.no_grad()
 def key_importance(
     query: Tensor, key: Tensor, probes: int = 128, *, rows: Tensor | None = None
 ) -> Tensor:
     """Mean softmax weight `[B, H, L]` of each key, over `probes` queries evenly spread.
 
+    Of 16-bit inputs the logits are rounded, which is enough to sort by. Memory is bounded.
+
     Args:
         query, key: `[B, L, H, D]`.
         rows: places `[P]` of other queries to probe with.
     """
-    length = query.shape[1]
+    batch, length, heads, head_dim = query.shape
     if rows is None:
         count = min(probes, length)
         # The middle of each of `count` equal runs.
         rows = ((torch.arange(count, device=query.device) + 0.5) * length / count).long()
-    q, k = query[:, rows].transpose(1, 2), key.transpose(1, 2)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    logits = q.to(dtype) @ k.to(dtype).mT / query.shape[-1] ** 0.5
-    return torch.softmax(logits, -1).mean(2)
+    # [B, H, probes, D] and [B, H, D, L]
+    q = query.index_select(1, rows).transpose(1, 2) * head_dim**-0.5
+    k = key.permute(0, 2, 3, 1)
+    some = max(1, _CHUNK_ELEMENTS // (batch * rows.numel() * length))
+    importance = torch.empty(
+        batch, heads, length, dtype=compute_dtype(query.dtype), device=query.device
+    )
+    for h in range(0, heads, some):
+        logits = q[:, h : h + some] @ k[:, h : h + some]
+        importance[:, h : h + some] = torch.softmax(logits, -1, dtype=importance.dtype).mean(2)
+    return importance
+
+
+def hot_blocks(length: int, block_k: int, hot_share: float, most: int | None = None) -> int:
+    """How many leading blocks "hot_peel" fills, at most `most`."""
+    blocks = -(-max(1, round(hot_share * length)) // block_k)
+    return blocks if most is None else min(blocks, most)
 
 
 def make_key_order(
@@ -71,15 +74,17 @@ def make_key_order(
     *,
     block_k: int = 64,
     segment: int = 512,
-    hot_share: float = 0.02,
+    hot_share: float = HOT_SHARE,
+    most_hot: int | None = None,
 ) -> KeyOrder:
     """The order of one kind for all heads.
 
     Args:
         kind: "identity"; "segment_sort": by falling importance within each run of `segment`
             tokens; "hot_peel": the most important `hot_share` of the keys, rounded up to blocks,
-            before all others, which keep their order.
+            before all others; both they and the others keep their order.
         importance: `[B, H, L]` of `key_importance`.
+        most_hot: at most so many blocks of hot keys.
 
     Raises:
         ValueError: an unknown kind, or numbers out of range.
@@ -92,19 +97,40 @@ def make_key_order(
             f"`segment` must be at least 1 and `hot_share` in (0, 1], got {segment} and {hot_share}"
         )
     heads, length = importance.shape[1:]
-    always = torch.zeros(heads, dtype=torch.int64, device=importance.device)
-    falling = importance.argsort(dim=-1, descending=True, stable=True)
+    always = torch.zeros(heads, dtype=torch.int32, device=importance.device)
     if kind == "identity":
-        places = torch.arange(length, device=importance.device).expand(importance.shape)
+        token = torch.arange(length, dtype=torch.int32, device=importance.device)
+        places = token.expand(importance.shape)
     elif kind == "segment_sort":
-        places = falling.gather(-1, (falling // segment).argsort(dim=-1, stable=True))
+        places = _sorted_in_segments(importance, segment)
     else:
-        blocks = -(-max(1, round(hot_share * length)) // block_k)
-        cold = torch.ones(importance.shape, dtype=torch.int64, device=importance.device)
-        cold.scatter_(-1, falling[..., : blocks * block_k], 0)
-        places = cold.argsort(dim=-1, stable=True)
+        blocks = hot_blocks(length, block_k, hot_share, most_hot)
+        places = _hot_first(importance, min(blocks * block_k, length))
         always += blocks
     return KeyOrder(places, always)
+
+
+def _sorted_in_segments(importance: Tensor, segment: int) -> Tensor:
+    """Places `[B, H, L]` by falling importance in each segment; equal ones keep their order."""
+    length = importance.shape[-1]
+    count = -(-length // segment)
+    padded = F.pad(importance, (0, count * segment - length), value=-torch.inf)
+    runs = padded.unflatten(-1, (count, segment))
+    best_first = runs.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(0, count * segment, segment, device=importance.device)
+    # What is not there comes last, and is cut off.
+    places: Tensor = (best_first + first[:, None]).flatten(-2)[..., :length]
+    return places.to(torch.int32)
+
+
+def _hot_first(importance: Tensor, count: int) -> Tensor:
+    """Places `[B, H, L]` of the `count` most important keys and then of the others."""
+    hot = torch.zeros(importance.shape, dtype=torch.int32, device=importance.device)
+    hot.scatter_(-1, importance.topk(count, sorted=False).indices, 1)
+    before = hot.cumsum(-1, dtype=torch.int32)
+    token = torch.arange(hot.shape[-1], dtype=torch.int32, device=hot.device)
+    position = torch.where(hot > 0, before - 1, count + token - before)
+    return torch.empty_like(hot).scatter_(-1, position.long(), token.expand(hot.shape))
 
 
 def choose_key_orders(
@@ -112,123 +138,43 @@ def choose_key_orders(
     key: Tensor,
     router: Router | None = None,
     *,
-    recall: float = 0.95,
     least_gain: float = 0.02,
-    block_q: int = 128,
+    segment: int = 512,
+    hot_share: float = HOT_SHARE,
     block_k: int = 64,
     every: int = 4,
-    segment: int = 512,
-    hot_share: float = 0.02,
+    **settings: Any,
 ) -> tuple[list[KeyOrderKind], dict[KeyOrderKind, Tensor]]:
     """For each head the kind that needs the least density, on captured queries and keys.
 
     Args:
         query, key: `[B, L, H, D]`, as captured.
-        recall: softmax mass to reach.
         least_gain: share of the density that a kind other than "identity" has to save.
-        every: looks at one query block in so many.
+        settings: of `measure_orders`, as `every` and block_k.
 
     Returns:
         the kinds of the heads, and the density `[H]` that each kind needs.
     """
     importance = key_importance(query, key)
-    densities: dict[KeyOrderKind, Tensor] = {}
-    for kind in get_args(KeyOrderKind):
-        order = make_key_order(
+    orders = {
+        kind: make_key_order(
             kind, importance, block_k=block_k, segment=segment, hot_share=hot_share
         )
-        densities[kind] = density_at_recall(
-            query, key, order, router, recall=recall, block_q=block_q, block_k=block_k, every=every
-        )
-    limit = densities["identity"] * (1 - least_gain)
+        for kind in get_args(KeyOrderKind)
+    }
+    measures = measure_orders(query, key, orders, router, block_k=block_k, every=every, **settings)
+    densities = {kind: measure.density for kind, measure in measures.items()}
+    return least_density(densities, least_gain), densities
+
+
+def least_density(densities: dict[KeyOrderKind, Tensor], least_gain: float) -> list[KeyOrderKind]:
+    """For each head the kind of the least density, "identity" where that saves too little."""
+    table = {kind: density.tolist() for kind, density in densities.items()}
     chosen: list[KeyOrderKind] = []
-    for head in range(query.shape[2]):
-        best = min(densities, key=lambda kind: float(densities[kind][head]))
-        chosen.append(best if densities[best][head] <= limit[head] else "identity")
-    return chosen, densities
-
-
-def density_at_recall(
-    query: Tensor,
-    key: Tensor,
-    order: KeyOrder,
-    router: Router | None = None,
-    *,
-    recall: float = 0.95,
-    block_q: int = 128,
-    block_k: int = 64,
-    every: int = 1,
-) -> Tensor:
-    """Share `[H]` of the key blocks that reach `recall`, best scores of the router first.
-
-    Mean over batch and query blocks. The mass of a block is that of all queries of a query block.
-    """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    # [B, H, L, D]
-    q, k = (part.transpose(1, 2).to(dtype) for part in (query, key))
-    ordered = _take(k - k.mean(2, keepdim=True), order.places)
-    scores = _ranked(block_scores(q, ordered, router, block_q, block_k), order.always)
-    masses = []
-    for rows in q.split(block_q, 2)[::every]:
-        weights = torch.softmax(rows @ ordered.mT / q.shape[-1] ** 0.5, -1).mean(2)
-        masses.append(torch.stack([part.sum(-1) for part in weights.split(block_k, -1)], -1))
-    # [B, H, M', N]
-    mass = torch.stack(masses, 2)
-    best_first = scores[:, :, ::every].argsort(dim=-1, descending=True, stable=True)
-    reached = mass.gather(-1, best_first).cumsum(-1)
-    needed = (reached < recall).sum(-1) + 1
-    # All the mass may add up to less than a recall of one.
-    needed = needed.clamp(min=1, max=mass.shape[-1]).maximum(order.always[:, None])
-    return needed.to(dtype).mean((0, 2)) / mass.shape[-1]
-
-
-def sla2_with_key_order(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: KeyOrder,
-    router: Router | None = None,
-    *,
-    sparsity: float = 0.95,
-    block_q: int = 128,
-    block_k: int = 64,
-) -> Tensor:
-    """SLA2 whose key blocks hold the keys that `order` says: the specification.
-
-    Only block means and the list of a block's tokens know of the order. Keys and values stay where
-    they are, and so do the queries, so that the output `[B, L, H, D]` needs no way back.
-
-    Raises:
-        ValueError: more blocks are always kept than `sparsity` leaves.
-    """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    # [B, H, L, D]
-    q, k, v = (part.transpose(1, 2).to(dtype) for part in (query, key, value))
-    smooth = k - k.mean(2, keepdim=True)
-    scores = block_scores(q, _take(smooth, order.places), router, block_q, block_k)
-    count = num_selected(sparsity, scores.shape[-1])
-    if int(order.always.max()) > count:
-        raise ValueError(
-            f"{int(order.always.max())} key blocks are always kept, but sparsity {sparsity} keeps "
-            f"{count} of {scores.shape[-1]}: peel off a smaller share, or lower the sparsity"
-        )
-    keep = top_k_mask(_ranked(scores, order.always), count)
-    tokens = torch.tensor([part.shape[2] for part in k.split(block_k, 2)]).to(scores)
-    log_mass = torch.log_softmax(scores + tokens.log(), -1)
-    log_keep, log_drop = keep.to(dtype).log(), (~keep).to(dtype).log()
-    alpha = mix_weight(log_mass, log_keep, log_drop, router)
-    # The block of each token, where it lies: [B, H, L].
-    flat = order.places.flatten(0, 1)
-    block_of = torch.stack([inverse_order(row) for row in flat]).view_as(order.places) // block_k
-    outputs = []
-    for m, rows in enumerate(q.split(block_q, 2)):
-        on_tokens = log_keep[:, :, m].gather(-1, block_of)[:, :, None]
-        drop = log_drop[:, :, m].exp().gather(-1, block_of)[:, :, None]
-        sparse, _ = sparse_branch(rows, k, v, on_tokens, block_k, "bf16")
-        linear = linear_branch(torch.softmax(rows, -1), torch.softmax(smooth, -1), v, drop)
-        a = alpha[:, :, m, None, None]
-        outputs.append(a * sparse + (1 - a) * linear)
-    return torch.cat(outputs, 2).transpose(1, 2).to(query.dtype)
+    for head, limit in enumerate(table["identity"]):
+        best = min(table, key=lambda kind: table[kind][head])
+        chosen.append(best if table[best][head] <= limit * (1 - least_gain) else "identity")
+    return chosen
 
 
 def join_key_orders(kinds: list[KeyOrderKind], orders: dict[KeyOrderKind, KeyOrder]) -> KeyOrder:
@@ -236,16 +182,3 @@ def join_key_orders(kinds: list[KeyOrderKind], orders: dict[KeyOrderKind, KeyOrd
     places = [orders[kind].places[:, head] for head, kind in enumerate(kinds)]
     always = [orders[kind].always[head] for head, kind in enumerate(kinds)]
     return KeyOrder(torch.stack(places, 1), torch.stack(always))
-
-
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    """The tokens of `[B, H, L, D]` in that order."""
-    return x.gather(2, places[..., None].expand_as(x))
-
-
-def _ranked(scores: Tensor, always: Tensor) -> Tensor:
-    """Scores `[B, H, M, N]` with those of blocks that are always kept above all others."""
-    block = torch.arange(scores.shape[-1], device=scores.device)
-    # [H, 1, N]
-    kept = (block < always[:, None])[:, None]
-    return scores.masked_fill(kept, torch.inf)

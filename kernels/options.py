@@ -14,6 +14,10 @@ Selection = Literal["top_k", "top_p", "soft_top_k"]
 class Options:
     """Arguments of `sla2_attention` that are not tensors; see there for their meaning.
 
+    Attributes:
+        overwrite_query: nobody reads the query after the call, and it shares no memory with key
+            and value: an implementation may write the output over it.
+
     Raises:
         TypeError: a count that is not an integer.
         ValueError: an option out of range, or not one of the choices.
@@ -29,6 +33,7 @@ class Options:
     min_selected: int
     max_selected: int | None
     tau: float
+    overwrite_query: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sla_video.kernels.context import SMALLEST_ALPHA, Context
+from sla_video.kernels.key_places import KeyOrder, leading_first, take_tokens
 from sla_video.kernels.options import Options, SparseDtype, most_selected
 from sla_video.kernels.quantize import quantize_int8, quantize_value, quantize_weights
 from sla_video.kernels.router import Router
@@ -35,6 +36,7 @@ def sla2_reference(
     *,
     need_lse: bool,
     context: Context | None = None,
+    key_order: KeyOrder | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SLA2 on query, key, value `[B, L, H, D]`; see `sla2_attention`, which checks arguments.
 
@@ -44,6 +46,8 @@ def sla2_reference(
     """
     block_q, block_k = options.block_q, options.block_k
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if key_order is not None:
+        key, value = (take_tokens(x, key_order.places) for x in (key, value))
     # [B, H, L, D]
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
     length = q.shape[2]
@@ -58,10 +62,12 @@ def sla2_reference(
     if options.selection == "soft_top_k":
         log_keep, log_drop = soft_selection(scores, most, options.tau)
     else:
+        always = None if key_order is None else key_order.always
         if options.selection == "top_k":
-            keep = top_k_mask(scores, most)
+            ranks = scores if always is None else leading_first(scores, always, most)
+            keep = top_k_mask(ranks, most)
         else:
-            keep = top_p_mask(log_mass, options.top_p, options.min_selected, most)
+            keep = top_p_mask(log_mass, options.top_p, options.min_selected, most, always)
         log_keep, log_drop = keep.to(dtype).log(), (~keep).to(dtype).log()
     alpha = mix_weight(log_mass, log_keep, log_drop, router)
 
@@ -106,11 +112,21 @@ def top_k_mask(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
 
-def top_p_mask(log_mass: Tensor, top_p: float, floor: int, cap: int) -> Tensor:
-    """True on the fewest best blocks with mass >= top_p, at least `floor`, at most `cap`."""
-    mass, order = log_mass.exp().sort(-1, descending=True)
+def top_p_mask(
+    log_mass: Tensor, top_p: float, floor: int, cap: int, always: Tensor | None = None
+) -> Tensor:
+    """True on the fewest best blocks with mass >= top_p, at least `floor`, at most `cap`.
+
+    Those that are `always` kept, `[H]` leading ones of each head, come before the best.
+    """
+    ranks = log_mass if always is None else leading_first(log_mass, always, cap)
+    order = ranks.argsort(-1, descending=True)
+    mass = log_mass.exp().gather(-1, order)
     rank = torch.arange(mass.shape[-1], device=mass.device)
-    keep = ((mass.cumsum(-1) - mass < top_p) | (rank < floor)) & (rank < cap)
+    needed = (mass.cumsum(-1) - mass < top_p) | (rank < floor)
+    if always is not None:
+        needed |= rank < always[:, None, None]
+    keep = needed & (rank < cap)
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 

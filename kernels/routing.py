@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sla_video.kernels.key_places import leading_first
 from sla_video.kernels.options import Options, most_selected
 from sla_video.kernels.router import Router
 
@@ -81,21 +82,32 @@ def router_scores(query_means: Tensor, key_means: Tensor, router: Router | None)
 
 
 def select_top_p(
-    log_mass: Tensor, top_p: float, min_selected: int, max_selected: int
+    log_mass: Tensor,
+    top_p: float,
+    min_selected: int,
+    max_selected: int,
+    always: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fewest blocks whose softmax mass reaches `top_p`, at least a floor and at most a cap.
 
     Args:
         log_mass: `[B, H, M, N]`, block mass up to a constant factor per row, in logs.
+        always: `[H]`, leading blocks that come before all others and are always valid.
 
     Returns:
         indices and validity, `[B, H, M, max_selected]`, best block first.
     """
     mass = torch.softmax(log_mass, -1)
-    best, indices = mass.topk(max_selected, dim=-1)
+    if always is None:
+        best, indices = mass.topk(max_selected, dim=-1)
+    else:
+        indices = leading_first(mass, always, max_selected).topk(max_selected, dim=-1).indices
+        best = mass.gather(-1, indices)
     rank = torch.arange(max_selected, device=mass.device)
     # A block is needed as long as those before it fall short of top_p; the first always is.
     valid = (best.cumsum(-1) - best < top_p) | (rank < min_selected)
+    if always is not None:
+        valid |= rank < always[:, None, None]
     return indices, valid
 
 
@@ -127,8 +139,17 @@ def mix_alpha(logit_p: Tensor, router: Router | None) -> Tensor:
     return alpha.expand_as(logit_p)
 
 
-def route(query: Tensor, key: Tensor, router: Router | None, options: Options) -> Routing:
-    """Select key blocks and mix weights for query, key `[B, L, H, D]`, hard selections only."""
+def route(
+    query: Tensor,
+    key: Tensor,
+    router: Router | None,
+    options: Options,
+    always: Tensor | None = None,
+) -> Routing:
+    """Select key blocks and mix weights for query, key `[B, L, H, D]`, hard selections only.
+
+    `always`: `[H]`, leading key blocks of each head that are selected before any others.
+    """
     length, block_k = key.shape[1], options.block_k
     key_means = block_means(key, block_k)
     counts = block_counts(length, block_k, key_means)
@@ -142,7 +163,7 @@ def route(query: Tensor, key: Tensor, router: Router | None, options: Options) -
 
     if options.selection == "top_p":
         floor = min(options.min_selected, total)
-        indices, valid = select_top_p(log_mass, options.top_p, floor, most)
+        indices, valid = select_top_p(log_mass, options.top_p, floor, most, always)
         dropped = torch.ones_like(scores).scatter(-1, indices, (~valid).to(scores.dtype))
         alpha = mix_alpha(mass_logit(log_mass, dropped), router)
         alpha = torch.where(dropped.any(-1), alpha, torch.ones_like(alpha))
@@ -150,7 +171,8 @@ def route(query: Tensor, key: Tensor, router: Router | None, options: Options) -
     if most == total:
         every = torch.arange(total, device=scores.device).expand(scores.shape)
         return Routing(every, None, None, None, key_mean)
-    indices = scores.topk(most, dim=-1, sorted=False).indices
+    ranks = scores if always is None else leading_first(scores, always, most)
+    indices = ranks.topk(most, dim=-1, sorted=False).indices
     dropped = torch.ones_like(scores).scatter(-1, indices, 0.0)
     alpha = mix_alpha(mass_logit(log_mass, dropped), router)
     return Routing(indices, None, dropped, alpha, key_mean)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sla_video.kernels.context import Context, with_context
+from sla_video.kernels.key_places import KeyOrder, take_tokens
 from sla_video.kernels.options import Options, PhiK
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import compute_dtype, num_blocks, route
@@ -39,6 +40,7 @@ def sla2_torch(
     *,
     need_lse: bool,
     context: Context | None = None,
+    key_order: KeyOrder | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SLA2 (arXiv 2602.12675) on `[B, L, H, D]`; see `sla2_attention`, which checks arguments.
 
@@ -48,7 +50,11 @@ def sla2_torch(
     """
     batch, length, heads, head_dim = query.shape
     block_q, block_k = options.block_q, options.block_k
-    plan = route(query, key, router, options)
+    always = None
+    if key_order is not None:
+        key, value = (take_tokens(x, key_order.places) for x in (key, value))
+        always = key_order.always
+    plan = route(query, key, router, options, always)
     num_q, kept = plan.indices.shape[-2:]
     compute = compute_dtype(query.dtype)
     # [B, H, M, block_q, D]

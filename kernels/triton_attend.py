@@ -14,19 +14,17 @@ capability 8.0; FP8 8.9.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.options import SparseDtype
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_linear import linear_rows
 from sla_video.kernels.triton_prepare import KeyOperands
 from sla_video.kernels.triton_sparse import sparse_rows
 from sla_video.kernels.triton_tiles import (
-    LaunchConfig,
-    capability,
     launch_on,
     load_rows,
     padded_dim,
@@ -56,6 +54,7 @@ def _attend_kernel(
     sparse_ptr,
     out_ptr,
     lse_ptr,
+    places_ptr,
     stride_qb,
     stride_ql,
     stride_qh,
@@ -84,7 +83,11 @@ def _attend_kernel(
     SPARSE_DTYPE: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """O_s goes to `sparse_ptr` too, if given. Without sums of states there is nothing to mix."""
+    """O_s goes to `sparse_ptr` too, if given. Without sums of states there is nothing to mix.
+
+    `out_ptr` may be `query_ptr`: no other program reads this block of queries. But warps may hold
+    other rows as they load than as they store, so stores wait for the loads of all.
+    """
     m = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
@@ -118,6 +121,7 @@ def _attend_kernel(
         key_mean_ptr,
         indices_row_ptr,
         bias_row_ptr,
+        places_ptr,
         stride_ql,
         stride_kl,
         stride_vl,
@@ -151,6 +155,7 @@ def _attend_kernel(
         store_rows(sparse_block_ptr, stride_sl, out, rows_q, BLOCK_Q, D, D_PAD)
     out_block_ptr = out_ptr + b * stride_ob + h * stride_oh + start_q * stride_ol
     if sums_ptr is None:
+        tl.debug_barrier()
         store_rows(out_block_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
     else:
         # A query block that drops nothing has no linear part.
@@ -165,41 +170,21 @@ def _attend_kernel(
             query = load_rows(query_block_ptr, stride_ql, rows_q, HALF, D, D_PAD)
             linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
             upper = upper * alpha + linear
+            tl.debug_barrier()
             store_rows(out_block_ptr, stride_ol, upper, rows_q, HALF, D, D_PAD)
             query_block_ptr += HALF * stride_ql
             out_block_ptr += HALF * stride_ol
             query = load_rows(query_block_ptr, stride_ql, rows_q - HALF, HALF, D, D_PAD)
             linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
             lower = lower * alpha + linear
+            tl.debug_barrier()
             store_rows(out_block_ptr, stride_ol, lower, rows_q - HALF, HALF, D, D_PAD)
         else:
             query = load_rows(query_block_ptr, stride_ql, rows_q, BLOCK_Q, D, D_PAD)
             linear = linear_rows(query, state, weight, state_unit_ptr, alpha, D, D_PAD)
             out = out * alpha + linear
+            tl.debug_barrier()
             store_rows(out_block_ptr, stride_ol, out, rows_q, BLOCK_Q, D, D_PAD)
-
-
-# By GPU generation and arithmetic, for heads of more than 64 columns. Those of generation 0 are
-# safe: their tiles fit the 99 KiB of shared memory of the smallest GPUs.
-_CONFIGS = {
-    (9, "bf16"): LaunchConfig(8, 3),
-    (9, "int8"): LaunchConfig(4, 5),
-    (9, "int8_fp8"): LaunchConfig(8, 5, 128),
-    (9, "int8_int8"): LaunchConfig(8, 3),
-    (0, "bf16"): LaunchConfig(8, 2),
-    (0, "int8"): LaunchConfig(8, 2),
-    (0, "int8_fp8"): LaunchConfig(8, 2),
-    (0, "int8_int8"): LaunchConfig(8, 2),
-}
-
-
-def _config(query: Tensor, sparse_dtype: SparseDtype, pad: int) -> LaunchConfig:
-    if query.dtype == torch.float32:
-        return LaunchConfig(8, 1)
-    if pad < 128:
-        return LaunchConfig(4, 3)
-    generation = capability(query.device)[0]
-    return _CONFIGS.get((generation, sparse_dtype), _CONFIGS[0, sparse_dtype])
 
 
 def attend(
@@ -222,6 +207,7 @@ def attend(
     sparse_dtype: SparseDtype = "bf16",
     low_query: Tensor | None = None,
     query_scale: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
     """Attention of each query block to the key blocks listed for it, mixed with that to the rest.
 
@@ -232,7 +218,7 @@ def attend(
             visited. None visits all.
         key_mean: `[B, H, D]` float32, mean key over tokens.
         operands: what `prepare_keys` made of key and value for this `sparse_dtype`.
-        out: `[B, L, H, D]`, written.
+        out: `[B, L, H, D]`, written; may be `query`, and shares no memory with it otherwise.
         lse: `[B, H, L]` float32, contiguous; the log-sum-exp of the selected part, in terms of the
             keys as given, is written to it.
         out_sparse: like `out`; O_s is written to it.
@@ -241,12 +227,13 @@ def attend(
         sums: of `sum_dropped_states`. A query block that drops nothing gets its O_s, whatever alpha
             is. None leaves the linear branch out.
         low_query, query_scale: of `block_statistics`, for low-bit keys.
+        places: `[B, H, L]` int32 of a `KeyOrder`, the one that `operands` were made with.
     """
     batch, length, heads, head_dim = query.shape
     pad = padded_dim(head_dim)
     assert (low_query is None) == (operands.low_keys is None), "Q and K are multiplied as one type"
     assert (alpha is None) == (sums is None), "the mix takes a weight and what to mix"
-    config = _config(query, sparse_dtype, pad)
+    config = launch_config("attend", query, block_q=block_q, block_k=block_k, variant=sparse_dtype)
     with launch_on(query):
         _attend_kernel[(num_blocks(length, block_q), batch * heads)](
             query,
@@ -268,6 +255,7 @@ def attend(
             out_sparse,
             out,
             lse,
+            None if places is None else places.contiguous(),
             *strides(query),
             *strides(key),
             *strides(value),

@@ -28,12 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.triton_backward_states import BlockStates, load_state
 from sla_video.kernels.triton_backward_tiles import (
-    Launch,
-    Launches,
     batch_and_head,
-    choose_launch,
     head_offset,
     listed_tile,
     packed_offset,
@@ -195,15 +193,6 @@ def _key_kernel(
     store_rows(grad_value_ptr + offset, heads * D, grad_value, rows_k, TILE_K, D, D_PAD)
 
 
-_LAUNCHES = Launches(
-    narrow=Launch(32, 64, 4, 3, max_registers=168),
-    broad=Launch(32, 64, 4, 3),
-    small=Launch(32, 64, 4, 2),
-    float32=Launch(32, 32, 4, 1),
-    float32_small=Launch(16, 32, 4, 1),
-)
-
-
 def key_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -240,7 +229,7 @@ def key_backward(
     batch, length, heads, head_dim = query.shape
     num_q, num_k = row_lse.shape[-1] // block_q, inverse.counts.shape[-1]
     d_pad = padded_dim(head_dim)
-    launch = choose_launch(_LAUNCHES, query)
+    launch = launch_config("key_backward", query, block_q=block_q, block_k=block_k)
     tile_k = min(block_k, launch.tile_k)
     tiles = num_k * (block_k // tile_k)
     states, factors, sums = dropped or (None,) * 3

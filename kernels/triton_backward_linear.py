@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.triton_backward_states import (
     BlockStates,
     empty_states,
@@ -37,10 +38,7 @@ from sla_video.kernels.triton_backward_states import (
     store_state,
 )
 from sla_video.kernels.triton_backward_tiles import (
-    Launch,
-    Launches,
     batch_and_head,
-    choose_launch,
     head_offset,
     packed_offset,
     rows_left,
@@ -134,17 +132,6 @@ def _linear_query_kernel(
     tl.store(grad_alpha_ptr + block * TILE_Q + tl.arange(0, TILE_Q), grad_alpha)
 
 
-_LAUNCHES = Launches(
-    narrow=Launch(128, 64, 8, 1, max_registers=128),
-    broad=Launch(64, 64, 8, 1),
-    small=Launch(32, 64, 8, 1),
-    float32=Launch(16, 16, 8, 1),
-    float32_small=Launch(16, 16, 8, 1),
-    # More programs at a time hide more of what each waits for.
-    hopper=Launch(16, 64, 4, 1),
-)
-
-
 def linear_query_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -166,7 +153,8 @@ def linear_query_backward(
         the tokens of each query block.
     """
     batch, length, heads, head_dim = query.shape
-    num_q, launch = alpha.shape[-1], choose_launch(_LAUNCHES, query)
+    num_q = alpha.shape[-1]
+    launch = launch_config("linear_query_backward", query, block_q=block_q)
     tile_q = min(block_q, launch.tile_q)
     found = empty_states(query, num_q)
     grad_alpha = found.sums.new_empty(batch, heads, num_q, tile_q)

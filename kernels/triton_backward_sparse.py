@@ -25,12 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_backward_tiles import (
-    Launch,
-    Launches,
     batch_and_head,
-    choose_launch,
     head_offset,
     listed_tile,
     packed_offset,
@@ -178,23 +176,6 @@ def _sparse_query_kernel(
     store_rows(grad_query_ptr, heads * D, grad_query, rows_q, TILE_Q, D, D_PAD)
 
 
-_LAUNCHES = Launches(
-    narrow=Launch(128, 64, 8, 3, max_registers=128),
-    broad=Launch(128, 64, 8, 3),
-    small=Launch(64, 64, 4, 2),
-    float32=Launch(32, 32, 4, 1),
-    float32_small=Launch(16, 32, 4, 1),
-)
-# With a second sum as large as dQ, where the forward was quantized.
-_LAUNCHES_NEAR = Launches(
-    narrow=Launch(128, 32, 8, 3, max_registers=128),
-    broad=Launch(128, 32, 8, 3),
-    small=Launch(64, 32, 4, 2),
-    float32=Launch(16, 32, 4, 1),
-    float32_small=Launch(16, 16, 4, 1),
-)
-
-
 def sparse_query_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -229,7 +210,11 @@ def sparse_query_backward(
     num_q, num_selected = indices.shape[-2:]
     row_lse = torch.empty(batch, heads, num_q * block_q, dtype=torch.float32, device=query.device)
     row_delta = torch.empty_like(row_lse)
-    launch = choose_launch(_LAUNCHES if exact_lse else _LAUNCHES_NEAR, query)
+    # "near": with a second sum as large as dQ, where the forward was quantized.
+    variant = "exact" if exact_lse else "near"
+    launch = launch_config(
+        "sparse_query_backward", query, block_q=block_q, block_k=block_k, variant=variant
+    )
     tile_q = min(block_q, launch.tile_q)
     _sparse_query_kernel[(num_q * (block_q // tile_q), batch * heads)](
         query_ptr=query,

@@ -1,4 +1,4 @@
-"""What the backward kernels share beyond `triton_tiles.py`: offsets, lists of blocks, operands.
+"""What the backward kernels share beyond `triton_tiles.py`: offsets, lists of blocks.
 
 Blocks of BLOCK tokens are visited in tiles of TILE tokens, powers of two with TILE <= BLOCK.
 Offsets into tensors are int64.
@@ -8,16 +8,8 @@ Offsets into tensors are int64.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-
-from sla_video.kernels.triton_tiles import capability, padded_dim
-
-# Compute capabilities with 160 KiB and more of shared memory per program; others have about 99 KiB.
-_LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 @triton.jit
@@ -60,61 +52,3 @@ def listed_tile(list_ptr, step, length, BLOCK: tl.constexpr, TILE: tl.constexpr)
 def power_of_two(x):
     """The smallest power of two that is not below x, for x >= 0; tiny for 0."""
     return tl.exp2(tl.ceil(tl.log2(tl.maximum(x, 1e-30))))
-
-
-class Launch(NamedTuple):
-    """How to run one kernel: most tokens per tile, warps per program, depth of the pipeline.
-
-    `max_registers` per thread, where more programs at once pay.
-    """
-
-    tile_q: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-    def keywords(self) -> dict[str, int | None]:
-        """What Triton wants to know at a launch."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "maxnreg": self.max_registers,
-        }
-
-
-class Launches(NamedTuple):
-    """How to run one kernel on tensors of two bytes per element, and of more.
-
-    Attributes:
-        narrow: head dimensions up to 64, with 160 KiB of shared memory and more.
-        broad: larger ones, with as much.
-        small: less shared memory.
-        float32, float32_small: more than two bytes per element; with less shared memory.
-        hopper: in place of `broad` on compute capability 9.0.
-    """
-
-    narrow: Launch
-    broad: Launch
-    small: Launch
-    float32: Launch
-    float32_small: Launch
-    hopper: Launch | None = None
-
-
-def choose_launch(launches: Launches, x: torch.Tensor) -> Launch:
-    """The launch for a tensor like x `[B, L, H, D]`."""
-    large = _has_large_shared_memory(x.device)
-    if x.element_size() > 2:
-        return launches.float32 if large else launches.float32_small
-    if not large:
-        return launches.small
-    if padded_dim(x.shape[-1]) <= 64:
-        return launches.narrow
-    hopper = capability(x.device) == (9, 0) and launches.hopper
-    return hopper or launches.broad
-
-
-def _has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use 160 KiB of shared memory; True on CPUs, where Triton interprets."""
-    return device.type != "cuda" or capability(device) in _LARGE_SHARED_MEMORY

@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sla_video.kernels.context import SMALLEST_ALPHA
+from sla_video.kernels.launch_lists import LaunchConfig
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_tiles import (
     LOG2E,
-    LaunchConfig,
     launch_on,
     load_rows,
     padded_dim,

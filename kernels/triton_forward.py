@@ -43,6 +43,8 @@ def attend_all(
     need_lse: bool,
     keep_sparse: bool,
     bias: Tensor | None = None,
+    places: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O `[B, L, H, D]`, the log-sum-exp `[B, H, L]`, and O_s where it is not O.
 
@@ -52,9 +54,12 @@ def attend_all(
         key_mean, value_max, low_query, query_scale: of `block_statistics`.
         indices, counts, alpha, dropped: of a `BlockPlan`.
         bias: `[B, H, M, N]` float32, what is added to the logits of a key block, in powers of two.
+        places: `[B, H, L]` int32 of a `KeyOrder`.
+        out: where O goes, `query` itself perhaps; None for new memory.
     """
     batch, length, heads, _ = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = key_mean.new_empty((batch, heads, length) if need_lse else 0)
     sparse = torch.empty_like(out) if keep_sparse and alpha is not None else query.new_empty(0)
     num_q, num_k = indices.shape[2], num_blocks(length, block_k)
@@ -70,6 +75,7 @@ def attend_all(
             sparse_dtype=sparse_dtype,
             phi_k=phi_k,
             need_states=alpha is not None,
+            places=_of(places, own),
         )
         sums = None
         if operands.states is not None and dropped is not None:
@@ -95,6 +101,7 @@ def attend_all(
             sparse_dtype=sparse_dtype,
             low_query=_of(low_query, own),
             query_scale=_of(query_scale, own),
+            places=_of(places, own),
         )
     return out, lse, sparse
 

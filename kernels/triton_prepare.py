@@ -8,7 +8,8 @@ Writes what the sparse and the linear branch take of each key block n:
                                                   V[n] / max|V| is taken, which cannot overflow
     states[n, -1]   = sum_j phi(k_j)
 
-K and V are read once. Layouts: inputs are `[B, L, H, D]` with any strides but 1 along D. What is
+K and V are read once, where they lie: the tokens of block n are those that an order of keys names,
+where heads have one. Layouts: inputs are `[B, L, H, D]` with any strides but 1 along D. What is
 written is `[B, H, N, ...]`, one contiguous tile per key block, rows padded with zeros to whole
 blocks and D to `padded_dim(D)`, so that later kernels need no masks to load it. Low-bit V is stored
 transposed, `[D, block_k]`, because the FP8 matrix units of Hopper and Ada take both operands only
@@ -27,12 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
+from sla_video.kernels.launch_lists import LaunchConfig
 from sla_video.kernels.options import PhiK, SparseDtype
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_tiles import (
-    LaunchConfig,
     blocks_per_program,
-    capability,
     launch_on,
     matrix_order,
     multiprocessors,
@@ -86,6 +87,7 @@ def _prepare_keys_kernel(
     value_scale_ptr,
     states_ptr,
     state_unit_ptr,
+    places_ptr,
     stride_kb,
     stride_kl,
     stride_kh,
@@ -142,9 +144,14 @@ def _prepare_keys_kernel(
         rows = length - n * BLOCK_K
         exists = offs_k < rows
         # Absent keys repeat the last one, which leaves the largest magnitude as it is.
-        rows_k = tl.minimum(offs_k, rows - 1)[:, None]
-        key_block_ptr = key_base_ptr + start * stride_kl
-        key_block_ptr += rows_k * stride_kl + offs_d[None, :]
+        rows_k = tl.minimum(offs_k, rows - 1)
+        if places_ptr is None:
+            key_block_ptr = key_base_ptr + start * stride_kl
+            key_block_ptr += rows_k[:, None] * stride_kl + offs_d[None, :]
+        else:
+            row_ptr = places_ptr + bh.to(tl.int64) * length + start
+            places = tl.load(row_ptr + rows_k).to(tl.int64)
+            key_block_ptr = key_base_ptr + places[:, None] * stride_kl + offs_d[None, :]
         if D < D_PAD:
             key = tl.load(key_block_ptr, mask=mask_d[None, :], other=0.0).to(tl.float32)
         else:
@@ -172,8 +179,12 @@ def _prepare_keys_kernel(
                 mask = exists[:, None]
                 if D < D_PAD:
                     mask = mask & (offs_e < D)[None, :]
-                value_block_ptr = value_base_ptr + start * stride_vl
-                value_block_ptr += offs_k[:, None] * stride_vl + offs_e[None, :]
+                if places_ptr is None:
+                    value_block_ptr = value_base_ptr + start * stride_vl
+                    value_block_ptr += offs_k[:, None] * stride_vl + offs_e[None, :]
+                else:
+                    value_block_ptr = value_base_ptr + places[:, None] * stride_vl
+                    value_block_ptr += offs_e[None, :]
                 value = tl.load(value_block_ptr, mask=mask, other=0.0)
                 if value_max_ptr is not None:
                     value_max = tl.load(value_max_ptr + bh * D + offs_e, mask=offs_e < D, other=0.0)
@@ -196,17 +207,11 @@ def _prepare_keys_kernel(
                     tl.store(state_ptr + square, state.to(states_ptr.dtype.element_ty))
 
 
-def _config(key: Tensor, block_k: int, pad: int, need_states: bool) -> LaunchConfig:
+def _config(key: Tensor, block_k: int, need_states: bool) -> LaunchConfig:
     if not need_states:
         return LaunchConfig(4, 1)
-    if key.dtype == torch.float32:
-        return LaunchConfig(8 if pad == 128 else 4, 1)
-    if pad < 128:
-        return LaunchConfig(4, 3)
-    if capability(key.device)[0] == 9:
-        # Two programs share a multiprocessor.
-        return LaunchConfig(8, 4, max_registers=128 if block_k <= 64 else None)
-    return LaunchConfig(8, 2 if block_k <= 64 else 1)
+    variant = "" if block_k <= 64 else "long blocks"
+    return launch_config("prepare_keys", key, block_k=block_k, variant=variant)
 
 
 def prepare_keys(
@@ -219,12 +224,14 @@ def prepare_keys(
     sparse_dtype: SparseDtype,
     phi_k: PhiK,
     need_states: bool,
+    places: Tensor | None = None,
 ) -> KeyOperands:
     """Pass 2 over key, value `[B, L, H, D]`, each contiguous along D.
 
     Args:
         key_mean, value_max: of `block_statistics`; value_max for a low-bit P V and for float16.
         need_states: whether a linear branch will follow.
+        places: `[B, H, L]` int32 of a `KeyOrder`.
     """
     low_keys = sparse_dtype != "bf16"
     low_values = sparse_dtype in ("int8_fp8", "int8_int8")
@@ -269,6 +276,7 @@ def prepare_keys(
             operands.value_scale,
             operands.states,
             operands.state_unit,
+            None if places is None else places.contiguous(),
             *strides(key),
             *strides(value),
             heads,
@@ -282,6 +290,6 @@ def prepare_keys(
             SPARSE_DTYPE=sparse_dtype,
             SMOOTH_FEATURES=phi_k == "smoothed",
             COLUMNS=min(pad, 64),
-            **_config(key, block_k, pad, need_states).keywords(),
+            **_config(key, block_k, need_states).keywords(),
         )
     return operands

@@ -12,6 +12,8 @@ thousand channels are read again by each. There is no gradient. Hardware: comput
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,6 +68,10 @@ def _norm_rotate_kernel(
     stride_kl,
     stride_cl,
     stride_sl,
+    stride_qob,
+    stride_qol,
+    stride_kob,
+    stride_kol,
     length,
     eps,
     H: tl.constexpr,
@@ -74,7 +80,11 @@ def _norm_rotate_kernel(
     H_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """One program per ROWS tokens of one batch entry: their queries and their keys."""
+    """One program per ROWS tokens of one batch entry: their queries and their keys.
+
+    Outputs may be the inputs. Warps may hold other elements as they load than as they store, so
+    stores wait for the loads of all.
+    """
     start = (tl.program_id(0) * ROWS).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     # [ROWS, H_PAD, D_PAD]
@@ -105,9 +115,13 @@ def _norm_rotate_kernel(
     key = _normed_and_rotated(
         key, key_weight_ptr, offs_c, real, cos, sin, eps, H * D, ROWS, H_PAD, D_PAD
     )
-    offs_out = (b * length + start) * (H * D) + offs_l * (H * D) + offs_c
-    tl.store(query_out_ptr + offs_out, query.to(query_out_ptr.dtype.element_ty), mask=mask)
-    tl.store(key_out_ptr + offs_out, key.to(key_out_ptr.dtype.element_ty), mask=mask)
+    query_out_ptr += b * stride_qob + start * stride_qol
+    key_out_ptr += b * stride_kob + start * stride_kol
+    query = query.to(query_out_ptr.dtype.element_ty)
+    key = key.to(key_out_ptr.dtype.element_ty)
+    tl.debug_barrier()
+    tl.store(query_out_ptr + offs_l * stride_qol + offs_c, query, mask=mask)
+    tl.store(key_out_ptr + offs_l * stride_kol + offs_c, key, mask=mask)
 
 
 @torch.library.custom_op("sla_video::norm_rotate", mutates_args=())
@@ -121,39 +135,11 @@ def _norm_rotate(
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    batch, length, channels = query.shape
-    head_dim = channels // heads
-    heads_pad, pad = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
-    query, key, cos, sin = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin)
-    )
-    out = [query.new_empty(batch, length, heads, head_dim) for _ in range(2)]
-    rows = max(1, _TILE // (heads_pad * pad))
-    num_warps = max(1, rows * heads_pad * pad // _WARP_TILE)
-    with launch_on(query):
-        _norm_rotate_kernel[(triton.cdiv(length, rows), batch)](
-            query,
-            key,
-            query_weight.contiguous(),
-            key_weight.contiguous(),
-            cos,
-            sin,
-            *out,
-            *query.stride()[:2],
-            *key.stride()[:2],
-            cos.stride(1),
-            sin.stride(1),
-            length,
-            eps,
-            H=heads,
-            D=head_dim,
-            ROWS=rows,
-            H_PAD=heads_pad,
-            D_PAD=pad,
-            num_warps=num_warps,
-            maxnreg=_MAX_REGISTERS,
-        )
-    return out[0], out[1]
+    shape = _split(query, heads)
+    out = query.new_empty(shape), query.new_empty(shape)
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    _launch(query, key, query_weight, key_weight, cos, sin, *out, heads=heads, eps=eps)
+    return out
 
 
 @_norm_rotate.register_fake
@@ -167,8 +153,78 @@ def _(
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    shape = (*query.shape[:2], heads, query.shape[2] // heads)
+    shape = _split(query, heads)
     return query.new_empty(shape), query.new_empty(shape)
+
+
+@torch.library.custom_op("sla_video::norm_rotate_", mutates_args={"query", "key"})
+def _norm_rotate_(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> None:
+    _launch(query, key, query_weight, key_weight, cos, sin, query, key, heads=heads, eps=eps)
+
+
+@_norm_rotate_.register_fake
+def _(*_: Any) -> None:
+    return
+
+
+def _split(states: Tensor, heads: int) -> tuple[int, ...]:
+    return (*states.shape[:2], heads, states.shape[2] // heads)
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_out: Tensor,
+    key_out: Tensor,
+    *,
+    heads: int,
+    eps: float,
+) -> None:
+    """Outputs may be the inputs; heads lie side by side in a row of either."""
+    batch, length, _, head_dim = _split(query, heads)
+    heads_pad, pad = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
+    cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
+    rows = max(1, _TILE // (heads_pad * pad))
+    num_warps = max(1, rows * heads_pad * pad // _WARP_TILE)
+    with launch_on(query):
+        _norm_rotate_kernel[(triton.cdiv(length, rows), batch)](
+            query,
+            key,
+            query_weight.contiguous(),
+            key_weight.contiguous(),
+            cos,
+            sin,
+            query_out,
+            key_out,
+            *query.stride()[:2],
+            *key.stride()[:2],
+            cos.stride(1),
+            sin.stride(1),
+            *query_out.stride()[:2],
+            *key_out.stride()[:2],
+            length,
+            eps,
+            H=heads,
+            D=head_dim,
+            ROWS=rows,
+            H_PAD=heads_pad,
+            D_PAD=pad,
+            num_warps=num_warps,
+            maxnreg=_MAX_REGISTERS,
+        )
 
 
 def norm_rotate(
@@ -181,6 +237,7 @@ def norm_rotate(
     *,
     heads: int,
     eps: float,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over all channels, then rotary embedding of neighbouring pairs in each head.
 
@@ -191,10 +248,15 @@ def norm_rotate(
         cos, sin: `[1, L, 1, D]`, each number twice.
         heads: H.
         eps: added to the mean of squares.
+        in_place: write the result over query and key, whose channels then have to lie side by side
+            and no two of whose rows may share memory.
 
     Returns:
-        query and key `[B, L, H, D]`, contiguous, in their own dtype; without gradients.
+        query and key `[B, L, H, D]` in their own dtype, contiguous or in place; without gradients.
     """
+    if in_place:
+        _norm_rotate_(query, key, query_weight, key_weight, cos, sin, heads, eps)
+        return query.unflatten(2, (heads, -1)), key.unflatten(2, (heads, -1))
     both: tuple[Tensor, Tensor] = _norm_rotate(
         query, key, query_weight, key_weight, cos, sin, heads, eps
     )

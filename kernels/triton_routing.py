@@ -62,18 +62,19 @@ def _select(
     floor: int,
     need_alpha: bool,
     dtype: torch.dtype,
+    always: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The logit of the mass that is selected, its sigmoid, indices, counts, and the table.
 
     Scores are products of queries `[B, H, M, D]` and keys `[B, H, N, D]`, router features, the
     latter less key_mean `[B, H, D]`. The sigmoid is empty unless wanted, counts are for top-p. The
-    table is that of `BlockPlan`.
+    table is that of `BlockPlan`. always `[H]`: leading blocks that are selected before all others.
     """
     total = keys.shape[-2]
     scores, log_tail = block_scores(queries, keys, key_mean), _log_tail(length, block_k)
     if top_p is None:
         indices, logit, alpha, table = select_rows(
-            scores, total, most, log_tail, dtype=dtype, need_alpha=need_alpha
+            scores, total, most, log_tail, dtype=dtype, need_alpha=need_alpha, always=always
         )
         no_alpha, no_counts = logit.new_empty(0), indices.new_empty(0)
         return logit, no_alpha if alpha is None else alpha, indices, no_counts, table
@@ -82,7 +83,7 @@ def _select(
     scores = scores[..., :total]
     # A shorter last block holds fewer tokens, hence less mass at the same score.
     scores[..., -1] += log_tail
-    indices, valid = select_top_p(scores, top_p, floor, most)
+    indices, valid = select_top_p(scores, top_p, floor, most, always)
     table.scatter_(-1, indices, (~valid).to(dtype))
     logit = mass_logit(scores, table[..., :total].to(scores.dtype))
     counts = valid.sum(-1, dtype=torch.int32)
@@ -102,6 +103,7 @@ def _(
     floor: int,
     need_alpha: bool,
     dtype: torch.dtype,
+    always: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = queries.shape[:-1]
     indices = queries.new_empty(*shape, most, dtype=torch.int32)
@@ -112,7 +114,7 @@ def _(
 
 
 def _remember_selection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, keys, key_mean, ctx.length, ctx.block_k, _, top_p, _, ctx.need_alpha, _ = inputs
+    queries, keys, key_mean, ctx.length, ctx.block_k, _, top_p, _, ctx.need_alpha, *_ = inputs
     _, alpha, indices, counts, _ = output
     ctx.save_for_backward(
         queries, keys, key_mean, alpha, indices, None if top_p is None else counts
@@ -128,12 +130,12 @@ def _gradients_of_logit(
         through_alpha = grad_alpha * alpha * (1 - alpha)
         grad = through_alpha if grad is None else grad + through_alpha
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     gradients = mass_logit_backward(
         queries, keys, key_mean, indices, counts, grad, ctx.length, ctx.block_k
     )
     # Rows of the gradient of the scores sum to zero: key_mean has none.
-    return *gradients, *(None,) * 8
+    return *gradients, *(None,) * 9
 
 
 _select.register_autograd(_gradients_of_logit, setup_context=_remember_selection)
@@ -147,6 +149,7 @@ def plan_blocks(
     router: Router | None,
     options: Options,
     dtype: torch.dtype,
+    always: Tensor | None = None,
 ) -> BlockPlan:
     """Select key blocks and mix weights from block means; hard selections only.
 
@@ -154,6 +157,7 @@ def plan_blocks(
         query_means, key_means: `[B, H, M, D]`, `[B, H, N, D]` float32, of keys as given.
         key_mean: `[B, H, D]` float32, mean key over the `length` tokens.
         dtype: of the table of what is dropped, that of the values.
+        always: `[H]` int32, leading key blocks of each head that are selected before all others.
     """
     total = key_means.shape[-2]
     most = most_selected(options, total)
@@ -177,6 +181,7 @@ def plan_blocks(
         min(options.min_selected, total),
         router is None,
         dtype,
+        always,
     )
     if router is not None:
         alpha = mix_alpha(logit, router)

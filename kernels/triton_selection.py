@@ -94,20 +94,26 @@ def _reach_in_order(scores, exists, num_k, num_selected):
     return above + equal * (tl.cumsum(equal, 0) <= wanted).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_k", "num_selected"])
+@triton.jit(do_not_specialize=["num_q", "heads", "num_k", "num_selected"])
 def _select_top_k_kernel(
     scores_ptr,
+    always_ptr,
     indices_ptr,
     logit_ptr,
     alpha_ptr,
     dropped_ptr,
+    num_q,
+    heads,
     num_k,
     num_selected,
     stride_m,
     log_tail,
     ROW: tl.constexpr,
 ):
-    """log_tail: log of the share of a whole block that the last one holds."""
+    """log_tail: log of the share of a whole block that the last one holds.
+
+    `always_ptr`: for each head, how many leading blocks come before all others; or None.
+    """
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, ROW)
     # The rest of a row is -inf, up to a multiple of 16: aligned vectors are read.
@@ -115,23 +121,28 @@ def _select_top_k_kernel(
     # NaN must not unsettle the count, nor must -0.
     scores = tl.where(scores == scores, scores, float("-inf")) + 0.0
     exists = offs < num_k
-
-    # At least K scores reach `low`.
-    low = tl.min(tl.where(exists, scores, float("inf")), 0)
     top = tl.max(scores, 0)
+    ranks = scores
+    if always_ptr is not None:
+        # As good as the best, and of equal ones the leftmost are taken.
+        leading = tl.load(always_ptr + row // num_q % heads)
+        ranks = tl.where(offs < leading, top, scores)
+
+    # At least K ranks reach `low`.
+    low = tl.min(tl.where(exists, ranks, float("inf")), 0)
     high = top
     middle = 0.5 * low + 0.5 * high
     found = num_k
     while (found != num_selected) & (middle > low) & (middle < high):
-        count = tl.sum((scores >= middle).to(tl.int32), 0)
+        count = tl.sum((ranks >= middle).to(tl.int32), 0)
         enough = count >= num_selected
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
         found = tl.where(enough, count, found)
         middle = 0.5 * low + 0.5 * high
-    selected = (scores >= low).to(tl.int32)
+    selected = (ranks >= low).to(tl.int32)
     if found != num_selected:
-        selected = _reach_in_order(scores, exists, num_k, num_selected)
+        selected = _reach_in_order(ranks, exists, num_k, num_selected)
     position = tl.cumsum(selected, 0) - 1
     row_ptr = indices_ptr + row * num_selected
     tl.store(row_ptr + position, offs, mask=selected > 0)
@@ -141,6 +152,9 @@ def _select_top_k_kernel(
 
     log_mass = scores + tl.where(offs == num_k - 1, log_tail, 0.0)
     dropped_max = tl.max(tl.where(selected > 0, float("-inf"), log_mass), 0)
+    if always_ptr is not None:
+        # The best may be among the dropped, if nothing but leading blocks is kept.
+        top = tl.max(tl.where(selected > 0, scores, float("-inf")), 0)
     mass = tl.exp(log_mass - tl.where(selected > 0, top, dropped_max))
     kept = tl.sum(tl.where(selected > 0, mass, 0.0), 0)
     rest = tl.sum(tl.where(selected > 0, 0.0, mass), 0)
@@ -158,6 +172,7 @@ def select_rows(
     *,
     dtype: torch.dtype = torch.float32,
     need_alpha: bool = True,
+    always: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The best key blocks of each row, and the logit of the softmax mass they hold.
 
@@ -167,6 +182,7 @@ def select_rows(
         log_tail: log of the share of a whole block that the last block holds.
         dtype: of the table.
         need_alpha: return the sigmoid of the logits too.
+        always: `[H]` int32, leading blocks of each head that are selected before all others.
 
     Returns:
         ascending indices `[B, H, M, K]` int32, logits and their sigmoid `[B, H, M]` float32, and a
@@ -182,10 +198,13 @@ def select_rows(
     with launch_on(scores):
         _select_top_k_kernel[(logit.numel(),)](
             scores,
+            None if always is None else always.contiguous(),
             indices,
             logit,
             alpha,
             dropped,
+            shape[2],
+            shape[1],
             num_k,
             num_selected,
             stride_m,

@@ -27,7 +27,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sla_video.kernels.triton_tiles import LOG2E, in_matrix_order, load_rows, round_to_int8
+from sla_video.kernels.triton_tiles import (
+    LOG2E,
+    in_matrix_order,
+    load_places,
+    load_rows,
+    load_rows_at,
+    round_to_int8,
+)
 
 
 @triton.jit
@@ -44,6 +51,7 @@ def sparse_rows(
     key_mean_ptr,
     indices_row_ptr,
     bias_row_ptr,
+    places_ptr,
     stride_ql,
     stride_kl,
     stride_vl,
@@ -64,6 +72,7 @@ def sparse_rows(
     """O_s `[BLOCK_Q, D_PAD]` and the log-sum-exp `[BLOCK_Q]` of one query block, float32.
 
     `bias_row_ptr`: for each key block, what is added to its logits, in powers of two; or None.
+    `places_ptr`: of an order of keys, or None. Low-bit operands have that order already.
     Without NEED_LSE the second lacks what smoothing takes off.
     """
     LOW_KEYS: tl.constexpr = SPARSE_DTYPE != "bf16"
@@ -110,6 +119,8 @@ def sparse_rows(
         index = tl.load(indices_row_ptr + i)
         n = index.to(tl.int64)
         rows_k = length - index * BLOCK_K
+        if places_ptr is not None and not LOW_VALUES:
+            places = load_places(places_ptr, bh, length, n * BLOCK_K, rows_k, BLOCK_K)
         # [BLOCK_Q, BLOCK_K]
         if LOW_KEYS:
             key = tl.load(key_head_ptr + n * (BLOCK_K * D_PAD) + tile)
@@ -122,8 +133,11 @@ def sparse_rows(
             scores = bits.to(tl.float32, bitcast=True)
             top = tl.max(scores, 1) - OFFSET
         else:
-            start_ptr = key_head_ptr + n * BLOCK_K * stride_kl
-            key = load_rows(start_ptr, stride_kl, rows_k, BLOCK_K, D, D_PAD)
+            if places_ptr is None:
+                start_ptr = key_head_ptr + n * BLOCK_K * stride_kl
+                key = load_rows(start_ptr, stride_kl, rows_k, BLOCK_K, D, D_PAD)
+            else:
+                key = load_rows_at(key_head_ptr, places, stride_kl, rows_k, BLOCK_K, D, D_PAD)
             step = scale_log2
             scores = tl.dot(query, tl.trans(key), input_precision="tf32x3")
             if rows_k < BLOCK_K:
@@ -160,8 +174,11 @@ def sparse_rows(
             low = tl.dot(low, tl.trans(value_t), out_dtype=tl.int32)
             acc = acc * correction[:, None] + low.to(tl.float32)
         else:
-            start_ptr = value_head_ptr + n * BLOCK_K * stride_vl
-            value = load_rows(start_ptr, stride_vl, rows_k, BLOCK_K, D, D_PAD)
+            if places_ptr is None:
+                start_ptr = value_head_ptr + n * BLOCK_K * stride_vl
+                value = load_rows(start_ptr, stride_vl, rows_k, BLOCK_K, D, D_PAD)
+            else:
+                value = load_rows_at(value_head_ptr, places, stride_vl, rows_k, BLOCK_K, D, D_PAD)
             acc = acc * correction[:, None]
             acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="tf32x3")
 

@@ -5,6 +5,7 @@
     value_max[d]   = max_j |V[j, d]|, where P V will be low-bit
     low_query[m]   = round(Q[m] / s_m), s_m = max|Q[m]| / 127, where Q K^T will be
 
+Where heads have an order of keys, block n of K is a block of that order; V's maxima need none.
 Inputs are `[B, L, H, D]` with any strides but 1 along D, each read once from memory. Nothing here
 has a gradient; that of the means is in `triton_backward_routing`. Hardware: compute capability 8.0.
 """
@@ -21,10 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_tiles import (
     launch_on,
+    load_places,
     load_rows,
+    load_rows_at,
     padded_dim,
     quantization_scale,
     round_to_int8,
@@ -61,6 +65,7 @@ def _block_statistics_kernel(
     value_max_ptr,
     low_query_ptr,
     query_scale_ptr,
+    places_ptr,
     stride_qb,
     stride_ql,
     stride_qh,
@@ -124,8 +129,13 @@ def _block_statistics_kernel(
         h = bh % heads
         start = block * BLOCK_K
         rows = length - start
-        base_ptr = key_ptr + b * stride_kb + h * stride_kh + start.to(tl.int64) * stride_kl
-        key = load_rows(base_ptr, stride_kl, rows, BLOCK_K, D, D_PAD).to(tl.float32)
+        base_ptr = key_ptr + b * stride_kb + h * stride_kh
+        if places_ptr is None:
+            base_ptr += start.to(tl.int64) * stride_kl
+            key = load_rows(base_ptr, stride_kl, rows, BLOCK_K, D, D_PAD).to(tl.float32)
+        else:
+            places = load_places(places_ptr, bh, length, start, rows, BLOCK_K)
+            key = load_rows_at(base_ptr, places, stride_kl, rows, BLOCK_K, D, D_PAD).to(tl.float32)
         offs = (bh.to(tl.int64) * num_k + block) * D + offs_d
         if value_max_ptr is not None:
             base_ptr = value_ptr + b * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vl
@@ -177,6 +187,7 @@ def _block_statistics(
     block_k: int,
     need_value_max: bool,
     need_low_query: bool,
+    places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `BlockStatistics`, empty tensors for what is not wanted."""
     batch, length, heads, head_dim = query.shape
@@ -192,6 +203,7 @@ def _block_statistics(
     low_query = torch.empty(low_shape, dtype=torch.int8, device=query.device)
     query_scale = empty(batch, heads, num_q) if need_low_query else empty(0)
     columns = 32
+    config = launch_config("block_statistics", query, block_q=block_q, block_k=block_k)
     with launch_on(query):
         _block_statistics_kernel[((num_q + num_k) * batch * heads,)](
             query,
@@ -202,6 +214,7 @@ def _block_statistics(
             value_max,
             low_query if need_low_query else None,
             query_scale if need_low_query else None,
+            places,
             *strides(query),
             *strides(key),
             *strides(value),
@@ -214,8 +227,8 @@ def _block_statistics(
             D_PAD=pad,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            TILE_Q=min(block_q, 32),
-            num_warps=4,
+            TILE_Q=min(block_q, config.tile_q),
+            **config.keywords(),
         )
         _all_blocks_kernel[(pad // columns, batch * heads)](
             key_means,
@@ -242,6 +255,7 @@ def _(
     block_k: int,
     need_value_max: bool,
     need_low_query: bool,
+    places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, head_dim = query.shape
     num_q = num_blocks(length, block_q)
@@ -266,8 +280,12 @@ def block_statistics(
     block_k: int,
     need_value_max: bool,
     need_low_query: bool = False,
+    places: Tensor | None = None,
 ) -> BlockStatistics:
-    """Pass 1 over query, key (and value) `[B, L, H, D]`, each contiguous along D."""
+    """Pass 1 over query, key (and value) `[B, L, H, D]`, each contiguous along D.
+
+    `places`: `[B, H, L]` int32, contiguous, of a `KeyOrder`.
+    """
     query_means, key_means, key_mean, value_max, low_query, query_scale = _block_statistics(
         query.detach(),
         key.detach(),
@@ -276,6 +294,7 @@ def block_statistics(
         block_k,
         need_value_max,
         need_low_query,
+        places,
     )
     return BlockStatistics(
         query_means,

@@ -9,29 +9,12 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-
-class LaunchConfig(NamedTuple):
-    """How a kernel is compiled; `max_registers` per thread, where more threads at once pay."""
-
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-    def keywords(self) -> dict[str, int | None]:
-        """As arguments of a launch."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "maxnreg": self.max_registers,
-        }
-
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # The smallest tile that an 8-bit matrix unit sums over.
@@ -47,6 +30,28 @@ def load_rows(base_ptr, stride_l, rows, ROWS: tl.constexpr, D: tl.constexpr, D_P
     if D < D_PAD:
         mask = mask & (offs_d < D)[None, :]
     return tl.load(base_ptr + offs_l[:, None] * stride_l + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_places(places_ptr, bh, length, start, rows, ROWS: tl.constexpr):
+    """Where the tokens from `start` on are in a head whose keys have another order, int64.
+
+    Of places `[B, H, L]`. From row `rows` on there are none: a valid one is given.
+    """
+    offs = tl.minimum(tl.arange(0, ROWS), rows - 1)
+    return tl.load(places_ptr + bh.to(tl.int64) * length + start + offs).to(tl.int64)
+
+
+@triton.jit
+def load_rows_at(
+    head_ptr, places, stride_l, rows, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Tile `[ROWS, D_PAD]` of the rows at `places`, zero from row `rows` and column D on."""
+    offs_d = tl.arange(0, D_PAD)
+    mask = (tl.arange(0, ROWS) < rows)[:, None]
+    if D < D_PAD:
+        mask = mask & (offs_d < D)[None, :]
+    return tl.load(head_ptr + places[:, None] * stride_l + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
 from sla_video.pipelines.generation_request import check_sparsity
 from sla_video.pipelines.progress import NoProgress, Progress
+from sla_video.pipelines.sparse_format import check_format, fastest_format, has_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,7 @@ class BenchRequest:
         device: "cpu", "cuda", "cuda:N" or "mps"; `None` takes a GPU if there is one.
         dtype: "fp32", "bf16" or "fp16"; `None` takes fp32 on a CPU and bf16 elsewhere.
         repeats: timed runs of each; on a GPU as many as take a few seconds.
+        tune: first find the fastest launches of the kernels, which later processes use too.
 
     Raises:
         InputError: a size below 1, a sparsity out of range, or a format that is not known.
@@ -55,6 +57,7 @@ class BenchRequest:
     device: str | None = None
     dtype: str | None = None
     repeats: int | None = None
+    tune: bool = False
 
     def __post_init__(self) -> None:
         sizes = [("length", length) for length in self.lengths or ()]
@@ -65,13 +68,7 @@ class BenchRequest:
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
         if self.sparse_dtype is not None:
-            from sla_video.kernels.options import SparseDtype
-
-            known = get_args(SparseDtype)
-            if self.sparse_dtype not in known:
-                raise InputError(
-                    f"`sparse_dtype` must be one of {', '.join(known)}, got {self.sparse_dtype!r}"
-                )
+            check_format(self.sparse_dtype)
 
 
 def bench_attention(
@@ -109,8 +106,10 @@ def bench_attention(
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if _has_kernels(device, dtype):
+    if has_kernels(device, dtype):
         return about | _bench_on_gpu(request, device, dtype, progress)
+    if request.tune:
+        raise InputError("`tune` needs a GPU that runs the Triton kernels in 16 bits")
     if request.growth:
         raise InputError("`growth` needs a GPU that runs the Triton kernels in 16 bits")
     if request.sparse_dtype not in (None, "bf16"):
@@ -164,21 +163,11 @@ def _bench_anywhere(
     return [dataclasses.asdict(row) for row in rows]
 
 
-def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels, compiled, and dense attention by cuDNN run here."""
-    import torch
-
-    from sla_video.kernels.triton_support import interpreted, why_unavailable
-
-    sixteen_bit = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and sixteen_bit and not interpreted() and not why_unavailable()
-
-
 def _bench_on_gpu(
     request: BenchRequest, device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> dict[str, Any]:
     from sla_video.kernels.gpu_bench import GROWTH_LENGTHS
-    from sla_video.pipelines.gpu_report import fastest_format, report_on_gpu
+    from sla_video.pipelines.gpu_report import report_on_gpu
 
     sparse_dtype = cast("SparseDtype", request.sparse_dtype or fastest_format(device))
     shapes, chosen = _gpu_shapes(request)
@@ -192,6 +181,7 @@ def _bench_on_gpu(
         dtype=dtype,
         repeats=request.repeats,
         progress=progress,
+        tune=request.tune,
     )
 
 

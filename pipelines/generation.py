@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sla_video.config import SLAConfig
 from sla_video.pipelines.denoising import run_pipeline
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
 from sla_video.pipelines.generation_plan import (
@@ -27,6 +28,7 @@ from sla_video.pipelines.model_source import EMBEDDED_MODEL, ModelSource
 from sla_video.pipelines.pipeline_kinds import PIPELINE_KINDS
 from sla_video.pipelines.processes import Team
 from sla_video.pipelines.progress import NoProgress, Progress
+from sla_video.pipelines.sparse_format import choose_format
 from sla_video.pipelines.video_files import (
     OutputFolder,
     check_video_writer,
@@ -37,6 +39,7 @@ from sla_video.pipelines.video_files import (
 if TYPE_CHECKING:
     import torch
 
+    from sla_video.kernels.options import SparseDtype
     from sla_video.pipelines.handle import SLAHandle
     from sla_video.pipelines.router_set import RouterSet
 
@@ -143,6 +146,8 @@ def _load(
     if patched:
         _check_family(plan.source)
     routers = None if plan.routers is None else _read_routers(plan.routers, plan.source)
+    config = SLAConfig() if routers is None else routers.config
+    sparse_dtype = choose_format(request.sparse_dtype, config, device, dtype)
     folder = plan.source.folder
     if folder is None:
         progress.close()  # a download shows bars of its own
@@ -156,7 +161,7 @@ def _load(
         offload=request.offload,
         tiled=plan.pipeline.tiled,
     )
-    handle = _enable(pipe, routers, plan) if patched else None
+    handle = _enable(pipe, routers, plan, sparse_dtype) if patched else None
     seconds = time.perf_counter() - start
     return _Loaded(pipe=pipe, handle=handle, device=device, dtype=dtype, seconds=seconds)
 
@@ -195,7 +200,9 @@ def _read_routers(name: str, source: ModelSource) -> RouterSet:
     return routers
 
 
-def _enable(pipe: Any, routers: RouterSet | None, plan: GenerationPlan) -> SLAHandle:
+def _enable(
+    pipe: Any, routers: RouterSet | None, plan: GenerationPlan, sparse_dtype: SparseDtype
+) -> SLAHandle:
     from sla_video.config_compression import TokenCompression
     from sla_video.pipelines.families.registry import family_of
     from sla_video.pipelines.patching import enable_sla
@@ -210,7 +217,9 @@ def _enable(pipe: Any, routers: RouterSet | None, plan: GenerationPlan) -> SLAHa
             dense_layers=list(layers) if plan.dense else None,
             dense_steps=plan.dense_steps,
             token_order=plan.token_order,
+            sparse_dtype=sparse_dtype,
             compression=None if compress is None else TokenCompression(pairs=compress),
+            recipe=plan.chosen,
         )
     except (ValueError, TypeError, OSError) as error:
         raise InputError(one_line(error)) from error

@@ -27,6 +27,7 @@ from sla_video.pipelines.pipeline_kinds import (
     PipelineKind,
     choose_pipeline,
 )
+from sla_video.pipelines.recipe import Recipe, load_recipe
 from sla_video.pipelines.video_files import plan_outputs
 
 _STRENGTH = 0.8  # Diffusers' own
@@ -53,10 +54,12 @@ class GenerationPlan:
     Attributes:
         pipeline: how the pipeline is called that `source` and the inputs call for.
         inputs: arguments of its call: pictures and videos at their size.
-        digests: "image_sha256" and so on -> hexadecimal digits, of the files of these.
+        digests: "image_sha256" and so on -> hexadecimal digits, of the files of these and of the
+            recipe.
         remarks: what the caller may not expect of them.
+        chosen: the recipe, read.
         sparsity, dense_steps, token_order: `None` with dense attention, or to use those of the
-            routers.
+            routers or the recipe.
         compress: share of the query-key pairs, `None` for all.
         strength: `None` where there is no video to keep a part of.
         denoising_steps: those of `steps` that are made; fewer where `strength` is below 1.
@@ -70,6 +73,7 @@ class GenerationPlan:
     remarks: tuple[str, ...]
     videos: tuple[VideoPlan, ...]
     routers: str | None
+    chosen: Recipe | None
     dense: bool
     sparsity: float | None
     dense_steps: int | None
@@ -98,7 +102,8 @@ def plan_generation(request: GenerationRequest, *, name_files: bool = True) -> G
             it cannot make, or an output that is taken.
     """
     source = find_model(request.model, tuple(PIPELINE_KINDS))
-    defaults = source.defaults
+    recipe = None if request.recipe is None else _read_recipe(request.recipe, source)
+    defaults = _sized(source.defaults, recipe)
     files = {name: path for name in INPUTS if (path := getattr(request, name)) is not None}
     kind = choose_pipeline(source.name, source.index, source.transformer_config, files)
     values: dict[str, Any] = {
@@ -110,14 +115,17 @@ def plan_generation(request: GenerationRequest, *, name_files: bool = True) -> G
     values |= inputs.choose_size(vars(request), defaults, source.geometry)
     size = (values["frames"], values["height"], values["width"])
     source.geometry.check(*size)
+    if recipe is not None:
+        recipe.check_size(*size)
     values |= _attention(request, defaults)
     plan = GenerationPlan(
         source=source,
         pipeline=kind,
         inputs=inputs.arguments(kind, *size),
-        digests=inputs.digests(),
+        digests=inputs.digests() | ({} if recipe is None else {"recipe_sha256": recipe.digest}),
         remarks=inputs.remarks(*size),
         videos=(),
+        chosen=recipe,
         dense=request.dense,
         compress=request.compress,
         negative_prompt=request.negative_prompt,
@@ -129,6 +137,39 @@ def plan_generation(request: GenerationRequest, *, name_files: bool = True) -> G
         **values,
     )
     return dataclasses.replace(plan, videos=_videos_of(request, plan)) if name_files else plan
+
+
+def _read_recipe(name: str, source: ModelSource) -> Recipe:
+    """Read a recipe, and refuse that of another model before the weights are loaded."""
+    recipe = load_recipe(name)
+    made_for = recipe.models.get("transformer")
+    if made_for is None:
+        raise InputError(
+            f"the recipe {name} is for {', '.join(recipe.models)} alone, and a video needs the "
+            "model's 'transformer': tune a recipe with `sla-video tune`"
+        )
+    config = {**source.transformer_config}
+    fields = {**made_for.fields, "_class_name": made_for.family}
+    different = [
+        f"{field.lstrip('_')}: {value} / {config[field]}"
+        for field, value in fields.items()
+        if field in config and config[field] != value
+    ]
+    if different:
+        raise InputError(
+            f"the recipe {name} was made for {made_for}, not for {source.name}; "
+            f"they differ in {', '.join(different)}"
+        )
+    return recipe
+
+
+def _sized(defaults: ModelDefaults, recipe: Recipe | None) -> ModelDefaults:
+    """With the video size of the recipe."""
+    if recipe is None:
+        return defaults
+    size = recipe.sizes[0]
+    sizes = {name: getattr(size, name) for name in ("frames", "height", "width")}
+    return dataclasses.replace(defaults, **sizes)
 
 
 def _strength(request: GenerationRequest, kind: PipelineKind, steps: int) -> dict[str, Any]:
@@ -153,7 +194,8 @@ def _attention(request: GenerationRequest, defaults: ModelDefaults) -> dict[str,
     values: dict[str, Any] = {}
     for field in ("sparsity", "dense_steps"):
         value = getattr(request, field)
-        if value is None and not request.dense and request.routers in (None, NO_ROUTERS):
+        own = request.routers in (None, NO_ROUTERS) and request.recipe is None
+        if value is None and own and not request.dense:
             value = getattr(defaults, field)
         values[field] = value
     if values["sparsity"] is not None:

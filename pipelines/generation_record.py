@@ -59,5 +59,13 @@ def _describe_attention(plan: GenerationPlan, handle: SLAHandle | None) -> dict[
         "kind": "compressed" if plan.dense else "sla2",
         "achieved_sparsity": stats.sparsity,
         "config": handle.config.to_dict(),
+        **_of_each_transformer(handle),
         "layers": [dict(vars(layer)) for layer in stats.layers],
     }
+
+
+def _of_each_transformer(handle: SLAHandle) -> dict[str, Any]:
+    """Settings by name where a recipe gives two transformers different ones."""
+    if all(config == handle.config for config in handle.configs.values()):
+        return {}
+    return {"configs": {name: config.to_dict() for name, config in handle.configs.items()}}

@@ -13,10 +13,13 @@ from pathlib import Path
 from sla_video.config import SLAConfig
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.model_source import EMBEDDED_MODEL
+from sla_video.pipelines.sparse_format import check_format
 
 _MAX_SEED = 2**63 - 1
 # As `routers`: the training-free mode, also for a model that comes with routers.
 NO_ROUTERS = "none"
+# What a recipe holds.
+_OF_RECIPE = ("routers", "sparsity", "token_order")
 _MAX_STEPS = 1000  # noise levels that Wan's schedulers know
 
 
@@ -29,10 +32,14 @@ class GenerationRequest:
         model: "tiny-wan", a local folder or a hub id.
         routers: a folder or hub id of trained routers; "none" is the training-free mode. `None`
             takes the model's own, where it has any for the sparsity.
+        recipe: a file or hub id of settings that `sla-video tune` chose, in the place of `routers`,
+            `sparsity` and `token_order`; its video size is the default.
         sparsity: share of the key blocks left to the linear branch, in [0, 1).
         dense: keep the model's own full attention.
         dense_steps: how many of the first steps keep it; they fix the layout of the video.
         token_order: of `SLAConfig`; `None` takes that of the routers, or raster order.
+        sparse_dtype: number format of the sparse branch; `None` takes that of routers trained with
+            a low-bit one, else the fastest that the device has.
         compress: share of the query-key pairs that the layers and steps take which lose least by
             it, in (0, 1]; see `TokenCompression`, of which all else is left as it is. `None` takes
             all.
@@ -65,10 +72,12 @@ class GenerationRequest:
     prompts: tuple[str, ...]
     model: str = EMBEDDED_MODEL
     routers: str | None = None
+    recipe: str | None = None
     sparsity: float | None = None
     dense: bool = False
     dense_steps: int | None = None
     token_order: str | None = None
+    sparse_dtype: str | None = None
     compress: float | None = None
     steps: int | None = None
     guidance_scale: float | None = None
@@ -97,16 +106,22 @@ class GenerationRequest:
             raise InputError('no prompt given: for instance "a red circle moves left"')
         if any(not prompt.strip() for prompt in self.prompts):
             raise InputError("`prompt` is empty: say what the video should show")
-        of_sparse = ("routers", "sparsity", "dense_steps", "token_order")
+        of_sparse = (
+            "routers", "recipe", "sparsity", "dense_steps", "token_order", "sparse_dtype",
+        )  # fmt: skip
         given = [name for name in of_sparse if getattr(self, name) is not None]
         if self.dense and given:
             raise InputError(f"`dense` is full attention and takes no `{given[0]}`: leave one out")
+        if self.recipe is not None and (decided := [n for n in _OF_RECIPE if n in given]):
+            raise InputError(f"`recipe` decides on `{decided[0]}`: leave one of the two out")
         if self.dense and self.record:
             raise InputError("`dense` loses nothing that `record` could show: leave one out")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         if self.token_order is not None:
             check_token_order(self.token_order)
+        if self.sparse_dtype is not None:
+            check_format(self.sparse_dtype)
         if self.compress is not None and not 0 < self.compress <= 1:
             raise InputError(f"`compress` must be above 0 and at most 1, got {self.compress}")
         _check_whole("steps", self.steps, 1, _MAX_STEPS)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sla_video.pipelines.errors import InputError, is_out_of_memory, one_line
 from sla_video.pipelines.progress import Progress
+from sla_video.pipelines.tuning_report import tune_at, tuning_table
 
 if TYPE_CHECKING:
     import torch
@@ -17,21 +18,6 @@ if TYPE_CHECKING:
 
     from sla_video.kernels.gpu_bench import Shape
     from sla_video.kernels.options import SparseDtype
-
-
-def fastest_format(device: torch.device) -> SparseDtype:
-    """What is fastest on GPUs of its kind.
-
-    Hopper adds FP8 products with too few bits, so that each block's has to be added apart, which
-    takes what it saves (`kernels/README.md`). Before Ada there is no FP8.
-    """
-    import torch
-
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 9) or capability == (9, 0):
-            return "int8"
-    return "int8_fp8"
 
 
 def report_on_gpu(
@@ -44,12 +30,18 @@ def report_on_gpu(
     dtype: torch.dtype,
     repeats: int | None,
     progress: Progress,
+    tune: bool = False,
 ) -> dict[str, Any]:
     """Correctness first, then times, memory and growth.
 
+    Args:
+        tune: before that, find the fastest launches of the kernels, at the first shape and the
+            highest sparsity.
+
     Returns:
-        as JSON can hold it: `sparse_dtype`, `peers`, `shapes` (sizes, `errors` by sparsity, `rows`,
-        `memory`), `growth` (sizes, `sparsity` and `rows`), `gpu` (driver and library versions).
+        as JSON can hold it: `sparse_dtype`, `tuned` (of `tune_at`), `peers`, `shapes` (sizes,
+        `errors` by sparsity, `rows`, `memory`), `growth` (sizes, `sparsity` and `rows`), `gpu`
+        (driver and library versions).
 
     Raises:
         InputError: options that the kernels are not made for.
@@ -58,6 +50,10 @@ def report_on_gpu(
     from sla_video.kernels.peers import describe_peers
 
     report: dict[str, Any] = {"sparse_dtype": sparse_dtype, "gpu": _describe_gpu(device)}
+    report["tuned"] = None
+    if tune:
+        sparsity = max(sparsities)
+        report["tuned"] = tune_at(shapes[0], sparsity, sparse_dtype, device, dtype, progress)
     report |= {"peers": describe_peers(), "shapes": [], "growth": None}
     for shape in shapes:
         found = _report_shape(shape, sparsities, sparse_dtype, device, dtype, repeats, progress)
@@ -161,7 +157,8 @@ def _driver() -> str | None:
 
 def gpu_tables(result: Mapping[str, Any]) -> list[Table]:
     """The report as tables that are also Markdown."""
-    tables = [_shape_table(result, shape) for shape in result["shapes"]]
+    tables = [] if result["tuned"] is None else [tuning_table(result)]
+    tables += [_shape_table(result, shape) for shape in result["shapes"]]
     if result["growth"] is not None:
         tables.append(_growth_table(result))
     return tables

@@ -25,6 +25,7 @@ from sla_video.pipelines.lora import (
 )
 from sla_video.pipelines.lora_guard import LoraGuard
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
+from sla_video.pipelines.recipe_guard import RecipeGuard
 from sla_video.pipelines.recording import Recording, read_logs
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.stats import SLAStats
@@ -65,7 +66,7 @@ class TransformerPatch:
         transformer: nn.Module,
         processors: Mapping[str, SLAAttnProcessor],
         hook: FirstStepsDense | None,
-        others: Iterable[TokenOrder | TransformerCompression | None] = (),
+        others: Iterable[TokenOrder | TransformerCompression | RecipeGuard | None] = (),
     ) -> None:
         """Put the processors in place. Everything that can fail has to be checked before."""
         self.processors = dict(processors)
@@ -74,7 +75,10 @@ class TransformerPatch:
             self.layers[name].processor = processor
         # Before the step decides whether our LoRA has an effect, it has to be there.
         hooks = [LoraGuard(transformer)] if lora_parameters(transformer) else []
-        for each in (*hooks, hook):
+        orders = [p.key_order for p in self.processors.values() if p.key_order is not None]
+        # One for all layers.
+        counters = [order.counter for order in orders[:1]]
+        for each in (*hooks, hook, *counters):
             if each is not None:
                 self._hooks.append(transformer.register_forward_pre_hook(each))
         for other in others:
@@ -109,16 +113,18 @@ class SLAHandle:
     As a context manager it removes itself at the end of the block.
 
     Attributes:
-        config: the settings in use.
+        config: the settings in use; of two transformers that differ in them, those of the first.
+        configs: "transformer" (and "transformer_2") -> its settings.
     """
 
     def __init__(
         self,
         transformers: Mapping[str, nn.Module],
         identities: Mapping[str, ModelIdentity],
-        config: SLAConfig,
+        configs: Mapping[str, SLAConfig],
     ) -> None:
-        self.config = config
+        self.configs = dict(configs)
+        self.config = next(iter(self.configs.values()))
         self._transformers = dict(transformers)
         self._identities = dict(identities)
         self._patches = {
@@ -172,7 +178,15 @@ class SLAHandle:
         Args:
             resolution: (frames, height, width) in pixels that the routers were trained at.
             metrics: anything that JSON can hold.
+
+        Raises:
+            ValueError: two transformers have different settings, which a set has no room for.
         """
+        if any(config != self.config for config in self.configs.values()):
+            raise ValueError(
+                "the transformers have settings of their own, from a recipe, and files of routers "
+                "hold one for both: keep the routers that the recipe names, and the recipe"
+            )
         return RouterSet.snapshot(
             self.routers,
             config=self.config,

@@ -240,7 +240,8 @@ class LayerCompression:
         """The layer's own attention among fewer keys; what it leaves out is recorded."""
 
         def sla2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return processor.sla2(query, key, value)
+            # Places of keys in the whole sequence say nothing of those that are left.
+            return processor.sla2(query, key, value, key_order=None)
 
         def inner(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if processor.sparsity is None:
@@ -248,7 +249,7 @@ class LayerCompression:
                     processor.recorder.add("sparsity", 0.0)
                 return dense_attention(processor, query, key, value)
             if recording:
-                processor._observe(query, key)
+                processor._observe(query, key, None)
             return fewer_keys(sla2, query, key, value, self._block_q)
 
         return inner

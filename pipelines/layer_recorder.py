@@ -12,6 +12,7 @@ from torch import nn
 
 from sla_video.kernels.api import exact_recall
 from sla_video.kernels.context import Context
+from sla_video.kernels.key_places import KeyOrder, take_tokens
 from sla_video.kernels.measures import check_settings, measure_losses
 from sla_video.kernels.router import Router
 from sla_video.pipelines.recording import CallLog, StepClock
@@ -100,6 +101,7 @@ class LayerRecorder:
         block_k: int,
         context: tuple[torch.Tensor, torch.Tensor] | None = None,
         context_mask: torch.Tensor | None = None,
+        key_order: KeyOrder | None = None,
         **_: Any,
     ) -> None:
         """Compare the output of one call with full attention. Does not wait for the device.
@@ -107,12 +109,16 @@ class LayerRecorder:
         Args:
             query, key, value, output: `[B, L, H, D]`.
             lse: `[B, H, L]` of the selected part.
-            block_q, block_k, context, context_mask: of `sla2_attention`; others are ignored.
+            block_q, block_k, context, context_mask, key_order: of `sla2_attention`; others are
+                ignored.
         """
         if self.recall:
             self.add("recall", exact_recall(query, key, lse))
         if self.log is None or not self.logging:
             return
+        if key_order is not None:
+            # Densities are of blocks of keys.
+            key, value = (take_tokens(part, key_order.places) for part in (key, value))
         losses = measure_losses(
             query,
             key,

@@ -15,6 +15,7 @@ from sla_video.config import Implementation, SLAConfig, SparseDtype
 from sla_video.config_compression import TokenCompression
 from sla_video.kernels.api import available_implementations
 from sla_video.kernels.router import Router
+from sla_video.pipelines.chosen_settings import choose_settings
 from sla_video.pipelines.families.family import Family
 from sla_video.pipelines.families.registry import (
     family_of,
@@ -23,10 +24,12 @@ from sla_video.pipelines.families.registry import (
 )
 from sla_video.pipelines.first_steps import FirstStepsDense
 from sla_video.pipelines.handle import SLAHandle, TransformerPatch
+from sla_video.pipelines.key_order import make_layer_orders
 from sla_video.pipelines.lora import LoraAdapter, attach_lora, detach_lora
 from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.processor import DenseSwitch, SLAAttnProcessor
-from sla_video.pipelines.router_files import load_routers
+from sla_video.pipelines.recipe import Recipe
+from sla_video.pipelines.recipe_guard import RecipeGuard
 from sla_video.pipelines.router_set import ModelIdentity, RouterSet
 from sla_video.pipelines.token_compression import TransformerCompression
 from sla_video.pipelines.token_order import TokenOrder
@@ -34,16 +37,6 @@ from sla_video.pipelines.token_order import TokenOrder
 logger = logging.getLogger("sla_video")
 
 _COMPONENTS = ("transformer", "transformer_2")
-# Settings that routers are trained for: other values would make them choose worse in silence.
-_TRAINED_SETTINGS = (
-    "block_q",
-    "block_k",
-    "alpha",
-    "num_query_blocks",
-    "router_per_head",
-    "phi_k",
-    "token_order",
-)
 
 
 def enable_sla(
@@ -58,6 +51,7 @@ def enable_sla(
     token_order: str | None = None,
     compression: TokenCompression | None = None,
     config: SLAConfig | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     component: str = "transformer",
 ) -> SLAHandle:
     """Replace the self-attention of a video pipeline or transformer by SLA2.
@@ -80,6 +74,9 @@ def enable_sla(
         compression: attention among fewer tokens in some layers and steps. Needs a pipeline.
         config: all settings at once. Default: those of `routers`, else `SLAConfig()`. The
             arguments above replace single fields of it.
+        recipe: instead: settings of each transformer, with the routers they were measured with, as
+            `sla-video tune` chose them; a file, a hub id, or what `load_recipe` returned. Of the
+            arguments above it leaves room for `routers`, `dense_steps`, `sparse_dtype`, `impl`.
         component: for a bare transformer, which of the pipeline's it is, when `routers` hold two.
 
     Returns:
@@ -88,22 +85,13 @@ def enable_sla(
     Raises:
         TypeError: neither a pipeline with a supported transformer nor such a transformer.
         ValueError: already enabled, a setting out of range, routers of another model or trained
-            with other blocks, or a kind of parallelism other than Ulysses in use.
+            with other blocks, a recipe of another model, or a kind of parallelism other than
+            Ulysses in use. A recipe refuses videos of other sizes when they are made.
     """
     transformers = _find_transformers(pipe_or_transformer, component)
     families = {name: family_of(transformer) for name, transformer in transformers.items()}
     for name, transformer in transformers.items():
         _check_patchable(name, transformer, families[name])
-    router_set = routers if isinstance(routers, RouterSet) or routers is None else None
-    if routers is not None and router_set is None:
-        if not isinstance(routers, (str, os.PathLike)):
-            raise TypeError(
-                "`routers` must be a folder, a hub id, what `load_routers` returned, or None, "
-                f"got a {type(routers).__name__}"
-            )
-        router_set = load_routers(routers)
-
-    settings = config or (router_set.config if router_set is not None else SLAConfig())
     changes: dict[str, Any] = {
         "dense_layers": dense_layers,
         "dense_steps": dense_steps,
@@ -113,26 +101,31 @@ def enable_sla(
         "compression": compression,
         **_sparsity_fields(sparsity),
     }
-    settings = settings.replace(**{k: v for k, v in changes.items() if v is not None})
-    if router_set is not None:
-        _check_trained_settings(router_set.config, settings)
-    available = available_implementations().get(settings.impl, "available")
-    if available != "available":
-        raise ValueError(f"impl={settings.impl!r} cannot run here: {available}")
+    chosen, router_set, found = choose_settings(transformers, routers, recipe, config, changes)
+    pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
+    for settings in chosen.values():
+        available = available_implementations().get(settings.impl, "available")
+        if available != "available":
+            raise ValueError(f"impl={settings.impl!r} cannot run here: {available}")
+        if settings.dense_steps and pipe is None:
+            source = "recipe asks" if found is not None else "routers ask"
+            asked = f" (as the {source})" if dense_steps is None and config is None else ""
+            raise ValueError(
+                f"`dense_steps`={settings.dense_steps}{asked} needs the pipeline, whose scheduler "
+                "counts the steps: pass the pipeline, or dense_steps=0 and run the first calls "
+                "within `with handle.dense():`"
+            )
 
     # Everything is built before anything is changed, so that an error leaves the model alone.
-    pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
-    if settings.dense_steps and pipe is None:
-        asked = " (as the routers ask)" if dense_steps is None and config is None else ""
-        raise ValueError(
-            f"`dense_steps`={settings.dense_steps}{asked} needs the pipeline, whose scheduler "
-            "counts the steps: pass the pipeline, or dense_steps=0 and run the first calls within "
-            "`with handle.dense():`"
-        )
     prepared = []
     identities = {}
     for name, transformer in transformers.items():
+        settings = chosen[name]
         identities[name] = ModelIdentity.of(transformer)
+        guard = None
+        if found is not None:
+            found.check_fits(name, identities[name])
+            guard = RecipeGuard(found, families[name])
         if router_set is not None:
             router_set.check_fits(name, identities[name])
         layers = families[name].layers(transformer)
@@ -143,18 +136,21 @@ def enable_sla(
             )
         switch = DenseSwitch()
         processors = _make_processors(name, families[name], layers, settings, router_set, switch)
+        orders = make_layer_orders(name, families[name], layers, settings, pipe)
+        for layer, key_order in orders.items():
+            processors[layer].key_order = key_order
         hook = FirstStepsDense(pipe, settings.dense_steps, switch) if settings.dense_steps else None
         order = TokenOrder.of(settings.token_order, families[name])
         patch = TransformerPatch(layers, switch)
         compress = TransformerCompression.of(
             settings, families[name], transformer, processors, pipe
         )
-        prepared.append((transformer, patch, processors, hook, (order, compress)))
+        prepared.append((transformer, patch, processors, hook, (order, compress, guard)))
     if router_set is not None:
         _attach_all(transformers, router_set.lora)
     for transformer, patch, processors, hook, others in prepared:
         patch.install(transformer, processors, hook, others)
-    return SLAHandle(transformers, identities, settings)
+    return SLAHandle(transformers, identities, chosen)
 
 
 def _attach_all(transformers: Mapping[str, nn.Module], lora: Mapping[str, LoraAdapter]) -> None:
@@ -254,19 +250,6 @@ def _sparsity_fields(
         return {"layer_sparsity": dict(enumerate(sparsity))}
     # One number for all layers takes back what the settings say of single ones.
     return {} if sparsity is None else {"sparsity": sparsity, "layer_sparsity": {}}
-
-
-def _check_trained_settings(trained: SLAConfig, settings: SLAConfig) -> None:
-    different = [
-        f"{name} {getattr(trained, name)!r} against {getattr(settings, name)!r} here"
-        for name in _TRAINED_SETTINGS
-        if getattr(trained, name) != getattr(settings, name)
-    ]
-    if different:
-        raise ValueError(
-            f"these routers were trained with other settings: {', '.join(different)}; "
-            "use the trained ones, or train routers for yours"
-        )
 
 
 def _make_processors(

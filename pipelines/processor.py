@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from torch import nn
 
 from sla_video.config import SLAConfig
 from sla_video.kernels.api import num_selected, sla2_attention
+from sla_video.kernels.key_places import KeyOrder
+from sla_video.kernels.over_query import attention_over_query
 from sla_video.kernels.router import Router, router_heads
 from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.family import Family
+from sla_video.pipelines.key_order import LayerKeyOrder
 from sla_video.pipelines.layer_compression import NOT_PARALLEL, LayerCompression
 from sla_video.pipelines.layer_recorder import LayerRecorder
 from sla_video.pipelines.lora import check_not_fused
@@ -103,6 +107,8 @@ class SLAAttnProcessor(nn.Module):
         self.switch = switch
         self._ulysses = self._check_parallel(self._parallel_config)
         self.recorder = LayerRecorder()
+        # Set by the patch where heads have an order of their keys.
+        self.key_order: LayerKeyOrder | None = None
         # Training puts its own between the projections, for instance to see both kinds of
         # attention. Calls that run dense never reach it.
         self.attention: Attention | None = None
@@ -211,25 +217,25 @@ class SLAAttnProcessor(nn.Module):
             return self.family.attend(attn, self._operate, hidden_states, *args, **kwargs)
 
     def _operate(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any
     ) -> torch.Tensor:
-        """An `Operate`; `context` is what `sla2_attention` calls `context` and `context_mask`."""
+        """An `Operate`, `how` being its keyword arguments."""
         self._follow(query.device)
         if self._ulysses is None:
-            return self._run(query, key, value, **context)
-        assert not context, "families with a context are not shardable"
-        return self._ulysses.attend(self._run, query, key, value)
+            return self._run(query, key, value, **how)
+        assert not how.keys() - {"own_query"}, "families with a context are not shardable"
+        return self._ulysses.attend(partial(self._run, **how), query, key, value)
 
     def _run(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any
     ) -> torch.Tensor:
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
         if self.attention is None:
             if self.compression is not None and self.compression.engaged:
                 output: torch.Tensor = self.compression.attend(self, query, key, value)
                 return output
-            return self._operator(query, key, value, **context)
-        if context:
+            return self._operator(query, key, value, **how)
+        if how.keys() - {"own_query"}:
             raise InputError(
                 f"routers of {self.family.name} cannot be trained yet: its video and text tokens "
                 "attend to each other, and training knows video alone"
@@ -240,19 +246,41 @@ class SLAAttnProcessor(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **changes: Any
     ) -> torch.Tensor:
         """SLA2 of `[B, L, H, D]` as this layer has it, unrecorded; `changes` of its options."""
-        output: torch.Tensor = sla2_attention(
-            query, key, value, self.local_router, **{**self.operator_options, **changes}
-        )
+        if "key_order" not in changes:
+            changes["key_order"] = self._order_keys(query, key)
+        options = {**self.operator_options, **changes}
+        output: torch.Tensor = sla2_attention(query, key, value, self.local_router, **options)
         return output
 
+    def _order_keys(self, query: torch.Tensor, key: torch.Tensor) -> KeyOrder | None:
+        """The order of the keys of the heads that are computed here."""
+        if self.key_order is None:
+            return None
+        heads = None
+        if self._ulysses is not None:
+            heads = self._ulysses.own_heads(len(self.key_order.kinds))
+        return self.key_order(query, key, heads)
+
     def _operator(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **context: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        own_query: bool = False,
+        **context: Any,
     ) -> torch.Tensor:
         """SLA2 on `[B, L, H, D]`; outside compiled code, with what the recorder asks for."""
         assert self.sparsity is not None
         observe = not torch.compiler.is_compiling()
+        context["key_order"] = self._order_keys(query, key)
         if observe:
-            self._observe(query, key)
+            self._observe(query, key, context["key_order"])
+        # The recorder compares the output with that of the query; an order of keys has its own way.
+        alone = not any(extra is not None for extra in context.values())
+        if own_query and alone and not (observe and self.recorder.needs_lse):
+            router, options = self.local_router, self.operator_options
+            return attention_over_query(query, key, value, router, **options)
         result = sla2_attention(
             query,
             key,
@@ -271,7 +299,7 @@ class SLAAttnProcessor(nn.Module):
         return output
 
     @torch.no_grad()
-    def _observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _observe(self, query: torch.Tensor, key: torch.Tensor, order: KeyOrder | None) -> None:
         """Record which share of the blocks this call leaves out, without waiting for the device."""
         assert self.sparsity is not None
         if self._options["selection"] == "top_k" and not self.recorder.router_recall:
@@ -279,7 +307,7 @@ class SLAAttnProcessor(nn.Module):
             self.recorder.add("sparsity", 1 - num_selected(self.sparsity, total) / total)
             return
         dropped, recall = router_estimate(
-            query, key, self.local_router, sparsity=self.sparsity, **self._options
+            query, key, self.local_router, order, sparsity=self.sparsity, **self._options
         )
         self.recorder.add("sparsity", dropped)
         if self.recorder.router_recall:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sla_video.kernels.key_places import KeyOrder, take_tokens
 from sla_video.kernels.options import Options
 from sla_video.kernels.router import Router
 from sla_video.kernels.routing import (
@@ -103,11 +104,16 @@ class SLAStats:
 
 
 def router_estimate(
-    query: torch.Tensor, key: torch.Tensor, router: Router | None, **options: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    router: Router | None,
+    order: KeyOrder | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the router does with query, key `[B, L, H, D]`, and how much mass it thinks it keeps.
 
     Args:
+        order: of the keys of each head.
         options: those of `sla2_attention`.
 
     Returns:
@@ -115,7 +121,10 @@ def router_estimate(
         the router's scores, `[B, H, M]` for M query blocks (a scalar 1 when nothing is dropped).
     """
     checked = Options(**{"tau": 1.0, **options})
-    plan = route(query, key, router, checked)
+    always = None
+    if order is not None:
+        key, always = take_tokens(key, order.places), order.always
+    plan = route(query, key, router, checked, always)
     if plan.dropped is None:
         return key.new_zeros(()), key.new_ones(())
     # [B, H, N, D], [B, H, M, N]

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from sla_video.pipelines.handle import SLAHandle as SLAHandle
     from sla_video.pipelines.patching import disable_sla as disable_sla
     from sla_video.pipelines.patching import enable_sla as enable_sla
+    from sla_video.pipelines.recipe import Recipe as Recipe
+    from sla_video.pipelines.recipe import load_recipe as load_recipe
+    from sla_video.pipelines.recipe import save_recipe as save_recipe
     from sla_video.pipelines.router_files import load_routers as load_routers
     from sla_video.pipelines.router_files import save_routers as save_routers
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "Recipe": "sla_video.pipelines.recipe",
     "Router": "sla_video.kernels.router",
     "SLAConfig": "sla_video.config",
     "SLAHandle": "sla_video.pipelines.handle",
@@ -32,13 +36,16 @@ _MODULE_OF = {
     "disable_sla": "sla_video.pipelines.patching",
     "enable_sla": "sla_video.pipelines.patching",
     "exact_recall": "sla_video.kernels.api",
+    "load_recipe": "sla_video.pipelines.recipe",
     "load_routers": "sla_video.pipelines.router_files",
+    "save_recipe": "sla_video.pipelines.recipe",
     "save_routers": "sla_video.pipelines.router_files",
     "sla2_attention": "sla_video.kernels.api",
     "warmup": "sla_video.kernels.warmup",
 }
 
 __all__ = [
+    "Recipe",
     "Router",
     "SLAConfig",
     "SLAHandle",
@@ -47,7 +54,9 @@ __all__ = [
     "disable_sla",
     "enable_sla",
     "exact_recall",
+    "load_recipe",
     "load_routers",
+    "save_recipe",
     "save_routers",
     "sla2_attention",
     "warmup",

@@ -18,6 +18,7 @@ from sla_video import __version__, cli_finetune, cli_report
 from sla_video.cli_calibrate import calibrate
 from sla_video.cli_generate import generate
 from sla_video.cli_options import Device, Dtype
+from sla_video.cli_tune import tune
 from sla_video.console import PROGRAM, run_command, set_up_messages
 
 app = typer.Typer(
@@ -62,6 +63,7 @@ def root(
 
 app.command()(generate)
 app.command()(calibrate)
+app.command()(tune)
 cli_finetune.register(app)
 cli_report.register(app)
 
@@ -104,6 +106,12 @@ def bench(
         int | None,
         typer.Option(help="Timed runs; medians are shown.  [default: 5; on a GPU for seconds]"),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="First find the fastest launches of the kernels, for later runs too."
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write everything there; - for stdout."),
@@ -134,6 +142,7 @@ def bench(
         device=device,
         dtype=dtype,
         repeats=repeats,
+        tune=tune,
     )
     file = JsonFile(json_file)
     with TerminalProgress() as progress:

@@ -41,6 +41,13 @@ def generate(
             "[default: the model's own, or none]"
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings that sla-video tune chose for the model at a video size, or a hub id.",
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -53,6 +60,13 @@ def generate(
     ] = False,
     dense_steps: DenseSteps = None,
     token_order: TokenOrder = None,
+    sparse_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of the sparse branch: bf16, int8, int8_fp8 or int8_int8.  "
+            "[default: that of low-bit routers; else bf16, on a GPU the fastest it has]"
+        ),
+    ] = None,
     compress: Annotated[
         float | None,
         typer.Option(
@@ -153,10 +167,12 @@ def generate(
             prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
             model=model,
             routers=routers,
+            recipe=recipe,
             sparsity=sparsity,
             dense=dense,
             dense_steps=dense_steps,
             token_order=token_order,
+            sparse_dtype=sparse_dtype,
             compress=compress,
             steps=steps,
             guidance_scale=guidance_scale,

@@ -16,6 +16,7 @@ Implementation = Literal["auto", "reference", "torch", "triton"]
 AlphaKind = Literal["adaptive", "per_block"]
 PhiKey = Literal["smoothed", "raw"]
 Selection = Literal["top_k", "top_p"]
+KeyOrderKind = Literal["identity", "segment_sort", "hot_peel"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sparse_dtype": get_args(SparseDtype),
@@ -60,6 +61,12 @@ class SLAConfig:
         token_order: the order of the tokens, which decides what is together in a block: "raster"
             (frame by frame, row by row), "tile:4,4,4" (frames, rows and columns of a tile),
             "morton", "hilbert", or "axes:hwt" (the axes from the slowest to the fastest).
+        key_orders: layer, for instance "transformer.blocks.0.attn1" -> for each head what is done
+            about the order of its keys: "identity", nothing; "segment_sort", important keys first
+            in every 512; "hot_peel", the most important 2% in blocks that every query keeps.
+            Layers that are not named leave their keys in place.
+        key_order_refresh: denoising steps for which an order of keys is kept. Without a pipeline,
+            whose scheduler counts them, it is made anew in each call.
         compression: attention among fewer tokens in some layers and steps; None is none.
 
     Raises:
@@ -83,6 +90,8 @@ class SLAConfig:
     min_selected: int = 1
     max_selected: int | None = None
     token_order: str = "raster"
+    key_orders: Mapping[str, Sequence[KeyOrderKind]] = field(default_factory=dict, hash=False)
+    key_order_refresh: int = 4
     compression: TokenCompression | None = None
 
     def __post_init__(self) -> None:
@@ -106,6 +115,7 @@ class SLAConfig:
             )
         self._check_alpha()
         self._check_token_order()
+        self._freeze_key_orders()
         self._freeze_layers()
 
     def _check_alpha(self) -> None:
@@ -127,6 +137,26 @@ class SLAConfig:
         # One name for one order: routers ask whether theirs is used.
         if order in ("axes:thw", "tile:1,1,1"):
             object.__setattr__(self, "token_order", "raster")
+
+    def _freeze_key_orders(self) -> None:
+        check_integer("key_order_refresh", self.key_order_refresh, minimum=1)
+        if not isinstance(self.key_orders, Mapping):
+            raise TypeError(
+                "`key_orders` must map names of layers to a kind for each head, "
+                f"got {self.key_orders!r}"
+            )
+        known = get_args(KeyOrderKind)
+        frozen = {}
+        for layer, kinds in self.key_orders.items():
+            listed = isinstance(kinds, Sequence) and not isinstance(kinds, str)
+            listed = listed and len(kinds) > 0 and all(kind in known for kind in kinds)
+            if not isinstance(layer, str) or not listed:
+                raise ValueError(
+                    f"`key_orders` must have {', '.join(known)} for each head of a layer, "
+                    f"got {kinds!r} for {layer!r}"
+                )
+            frozen[layer] = tuple(kinds)
+        object.__setattr__(self, "key_orders", frozen)
 
     def _freeze_layers(self) -> None:
         """Check the fields that speak of single layers, and keep copies of our own."""
@@ -170,6 +200,7 @@ class SLAConfig:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["layer_sparsity"] = {str(k): v for k, v in self.layer_sparsity.items()}
         values["dense_layers"] = list(self.dense_layers)
+        values["key_orders"] = {layer: list(kinds) for layer, kinds in self.key_orders.items()}
         values["compression"] = self.compression and self.compression.to_dict()
         return values
 

@@ -49,6 +49,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What was tuned on this machine is not read, and nothing is written there."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLA_VIDEO_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def no_grad():
     """Nothing is differentiated."""

@@ -1,8 +1,8 @@
 """How each command line of the documentation is checked.
 
-- `sla-video …`: parsed by the real command line; `generate` and `calibrate` are then run as
-  documented up to the loading of the model, and all commands are run to their end with a small
-  model and few steps, in the order of the page, so that one finds what another has written.
+- `sla-video …`: parsed by the real command line; `generate`, `calibrate` and `tune` are then
+  run as documented up to the loading of the model, and all commands are run to their end with a
+  small model and few steps, in the order of the page, so that one finds what another has written.
 - `torchrun` and `accelerate launch`: parsed by their own parsers. What they start runs in one
   process if it is one of our commands; a program of the same page runs in two, at the end.
 - `pip install`: folders, extras and packages have to be those of `pyproject.toml`.
@@ -41,12 +41,18 @@ SMALL: dict[str, dict[str, object]] = {
         **{"frames": 9, "height": 64, "width": 64, "steps": 2, "device": "cpu"},
         **{"capture_steps": 1, "denoising_steps": 2},
     },
+    "tune": {
+        **{"frames": 9, "height": 64, "width": 64, "device": "cpu"},
+        **{"capture_steps": 1, "denoising_steps": 2},
+    },
     "finetune": {
         **{"frames": 9, "height": 64, "width": 64, "max_steps": 1, "data": "VIDEOS"},
         **{"accumulate": 1, "validation_clips": 1},
     },
     "bench": {"length": 128, "heads": 1, "head_dim": 16, "repeats": 1, "device": "cpu"},
 }
+# What checks write to, and never get as far.
+OUT = {"tune": "not-written.json"}
 # Left out of the small run: it would be long, or needs a GPU.
 LEFT_OUT = {"offload", "minutes", "world_clips", "growth", "batch_size", "optimizer", "weights"}
 # What the embedded model is for; the small model needs prompts.
@@ -117,7 +123,7 @@ class Commands:
         if model is not None:
             settings["model"] = self._folder(model)
         small = replace_options(arguments, settings, LEFT_OUT)
-        if name == "calibrate" and not (values["prompt"] or values["prompts"]):
+        if name in ("calibrate", "tune") and not (values["prompt"] or values["prompts"]):
             small += PROMPTS
         printed = self._succeed(small)
         if name == "generate":
@@ -131,17 +137,19 @@ class Commands:
         """Check all that is checked before a model is loaded."""
         if name == "finetune":
             FinetuneConfig(**values)
-        if name not in ("generate", "calibrate"):
+        if name not in ("generate", "calibrate", "tune"):
             return
-        # The embedded model is at hand; but routers on a page belong to what stands in for it.
-        hub_or_routers = values["model"] in MODELS or values.get("routers")
-        model = self._folder(values["model"]) if hub_or_routers else values["model"]
+        # The embedded model is at hand; but routers and recipes on a page belong to what stands in
+        # for it.
+        made_here = values.get("routers") or values.get("recipe")
+        stands_in = values["model"] in MODELS or made_here
+        model = self._folder(values["model"]) if stands_in else values["model"]
         documented = replace_options(arguments, {"model": model}, {"offload", "device", "out"})
-        if name == "calibrate" and model != "tiny-wan" and not values["prompts"]:
+        if name in ("calibrate", "tune") and model != "tiny-wan" and not values["prompts"]:
             documented += PROMPTS
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loading, "load_pipeline", _stop)
-            outcome = call(*documented, "--out", "not-written")
+            outcome = call(*documented, "--out", OUT.get(name, "not-written"))
         assert (outcome.code, "so far" in outcome.err) == (2, True), outcome.err
 
     def _succeed(self, arguments: list[str]) -> list[str]:

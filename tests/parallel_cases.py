@@ -66,6 +66,13 @@ def low_bit_and_top_p() -> None:
 
 
 @case
+def an_order_of_keys_for_each_head() -> None:
+    kinds = ["hot_peel", "segment_sort", "identity", "hot_peel"] * (HEADS // 4)
+    config = SLAConfig(sparsity=0.8, key_orders={"transformer.blocks.1.attn1": kinds}, **BLOCKS)
+    assert_same(config)
+
+
+@case
 def several_videos_at_once() -> None:
     assert_same(SLAConfig(sparsity=0.9, **BLOCKS), inputs={"batch": 3})
 

@@ -88,6 +88,7 @@ def test_bench_json_that_cannot_be_written(
     ("arguments", "words"),
     [
         (["--growth"], "`growth` needs a GPU"),
+        (["--tune"], "`tune` needs a GPU"),
         (["--sparse-dtype", "int8"], "only simulates"),
         (["--sparse-dtype", "int4"], "`sparse_dtype` must be one of bf16, int8, int8_fp8"),
     ],
@@ -104,7 +105,7 @@ class TestBenchOnAGpu:
         pytest.importorskip("triton", reason="Triton has no build for this platform")
         from sla_video.kernels import gpu_bench, peers
 
-        monkeypatch.setattr(attention_bench, "_has_kernels", lambda *_: True)
+        monkeypatch.setattr(attention_bench, "has_kernels", lambda *_: True)
         monkeypatch.setattr(peers.Peer, "installed", lambda self: None)
         monkeypatch.setattr(gpu_bench, "GROWTH_LENGTHS", (70, 90))
         small = gpu_bench.Shape(name="small", length=100, heads=1, head_dim=32)
@@ -141,6 +142,47 @@ class TestBenchOnAGpu:
         (shape,) = result["shapes"]
         assert (shape["length"], shape["heads"], shape["head_dim"]) == (80, 1, 32)
         assert "forward + backward" in {row["direction"] for row in shape["rows"]}
+
+    def test_tuning_comes_first(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sla_video.kernels import launch_tuning
+        from sla_video.kernels.launch_lists import LaunchConfig
+
+        first, fast, bad = LaunchConfig(4, 5), LaunchConfig(8, 3, 128), LaunchConfig(4, 4)
+
+        def tune(problem: launch_tuning.Problem, *_: object, on_case: launch_tuning.OnCase) -> list:
+            assert (problem.length, problem.sparsity) == (100, 0.7)
+            on_case(0, 2)
+            on_case(1, 2)
+            found = {"milliseconds": {first: 2.0, fast: 1.0}, "notes": {bad: "no room"}}
+            return [
+                launch_tuning.TunedLaunch(case="attend int8", chosen=fast, first=first, **found),
+                launch_tuning.TunedLaunch(
+                    case="other", chosen=first, first=first, milliseconds={}, notes={}
+                ),
+            ]
+
+        monkeypatch.setattr(launch_tuning, "tune_operator", tune)
+        shares = ("--sparsity", 0.5, "--sparsity", 0.7)
+        outcome = call(*self.ARGUMENTS, *shares, "--no-growth", "--tune", "--json", "t.json")
+        assert outcome.code == 0, outcome.err
+        rows = [row.split("|")[1:-1] for row in outcome.out.splitlines() if " warps" in row]
+        assert [[cell.strip() for cell in row] for row in rows] == [
+            ["attend int8", "4 warps, 5 stages, 128x128", "2.000", ""],
+            ["", "8 warps, 3 stages, 128 registers, 128x128", "1.000", "*"],
+            ["", "4 warps, 4 stages, 128x128", "", "no room"],
+            ["other", "4 warps, 5 stages, 128x128", "", "*"],
+        ]
+        tuned = json.loads((here / "t.json").read_text())["tuned"]
+        assert tuned["sparsity"] == 0.7 and tuned["kernels"][0]["chosen"]["num_warps"] == 8
+
+    def test_too_little_memory_while_tuning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sla_video.kernels import launch_tuning
+
+        def full(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+        monkeypatch.setattr(launch_tuning, "tune_operator", full)
+        assert_refused(call(*self.ARGUMENTS, "--tune"), "out of memory", "while tuning at 100")
 
     def test_too_little_memory_is_said_in_the_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from sla_video.kernels import gpu_bench

@@ -14,7 +14,7 @@ from cli_tools import call, program
 import sla_video
 from sla_video.cli import app, main
 
-COMMANDS = ("generate", "calibrate", "finetune", "report", "compare", "bench", "info")
+COMMANDS = ("generate", "calibrate", "tune", "finetune", "report", "compare", "bench", "info")
 
 
 def test_the_commands_are_these() -> None:

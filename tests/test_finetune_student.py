@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from finetune_cases import make_batch, make_student
-from sla_video import enable_sla, save_routers
+from sla_video import SLAConfig, enable_sla, save_routers
 from sla_video.calibration.soft_attention import SoftAttention
 from sla_video.kernels.api import sla2_attention
+from sla_video.pipelines.errors import InputError
 from tiny_models import build_tiny_transformer
 
 PROJECTIONS = {"query_proj", "key_proj"}
@@ -92,6 +93,14 @@ def test_routers_bring_the_order_of_the_tokens(tmp_path: Path) -> None:
         torch.testing.assert_close(found["dense"], stock, rtol=1e-4, atol=1e-5)
         assert student.handle.router_set().config.token_order == "hilbert"
         assert (found["student"] - found["dense"]).abs().max() > 1e-3
+
+
+def test_routers_with_an_order_of_keys_are_refused(tmp_path: Path) -> None:
+    kinds = {"transformer.blocks.0.attn1": ("identity", "hot_peel")}
+    with enable_sla(build_tiny_transformer(), config=SLAConfig(key_orders=kinds)) as handle:
+        save_routers(tmp_path / "routers", handle)
+    with pytest.raises(InputError, match="routers come with an order of keys"):
+        make_student(trainable="lora", routers=str(tmp_path / "routers"))
 
 
 @pytest.mark.parametrize(

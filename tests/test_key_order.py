@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_inputs import dense_attention
 
-from sla_video import sla2_attention
 from sla_video.kernels.key_order import (
-    KeyOrder,
     choose_key_orders,
-    density_at_recall,
     join_key_orders,
     key_importance,
     make_key_order,
-    sla2_with_key_order,
 )
-from sla_video.kernels.router import Router
+from sla_video.kernels.key_order_measures import measure_orders
 
 BLOCKS = {"block_q": 16, "block_k": 8}
 KINDS = ("identity", "segment_sort", "hot_peel")
@@ -26,61 +21,6 @@ def inputs(length=100, heads=2, batch=2, dim=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, length, heads, dim)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
-
-
-def random_order(length=100, heads=2, batch=2):
-    generator = torch.Generator().manual_seed(9)
-    places = torch.rand(batch, heads, length, generator=generator).argsort(-1)
-    return KeyOrder(places, torch.zeros(heads, dtype=torch.int64))
-
-
-def scrambled(router):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in router.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return router
-
-
-def reordered(x, order):
-    """`[B, L, H, D]` with each head's tokens in its order: a copy."""
-    places = order.places.transpose(1, 2)[..., None].expand_as(x)
-    return x.gather(1, places)
-
-
-@pytest.mark.parametrize("length", [1, 7, 100])
-def test_full_selection_is_full_attention_in_any_order(length):
-    query, key, value = inputs(length)
-    output = sla2_with_key_order(query, key, value, random_order(length), sparsity=0, **BLOCKS)
-    torch.testing.assert_close(output, dense_attention(query, key, value))
-
-
-@pytest.mark.parametrize("routed", [False, True])
-def test_finding_keys_where_they_are_equals_moving_them(routed):
-    query, key, value = inputs()
-    router = scrambled(Router(2, 8)) if routed else None
-    order = random_order()
-    output = sla2_with_key_order(query, key, value, order, router, sparsity=0.7, **BLOCKS)
-    expected = sla2_attention(
-        query, reordered(key, order), reordered(value, order), router,
-        sparsity=0.7, impl="reference", **BLOCKS,
-    )  # fmt: skip
-    torch.testing.assert_close(output, expected)
-    plain = sla2_attention(query, key, value, router, sparsity=0.7, impl="reference", **BLOCKS)
-    assert (expected - plain).abs().max() > 0.01, "the order makes no difference"
-
-
-def test_gradients_are_those_of_moved_keys():
-    order, weight = random_order(), inputs(seed=3)[0]
-    parts = [part.requires_grad_() for part in inputs()]
-    output = sla2_with_key_order(*parts, order, sparsity=0.7, **BLOCKS)
-    found = torch.autograd.grad((output * weight).sum(), parts)
-    query, key, value = parts
-    expected = sla2_attention(
-        query, reordered(key, order), reordered(value, order),
-        sparsity=0.7, impl="reference", **BLOCKS,
-    )  # fmt: skip
-    torch.testing.assert_close(found, torch.autograd.grad((expected * weight).sum(), parts))
 
 
 def test_importance_is_the_mean_softmax_of_the_probes():
@@ -120,29 +60,6 @@ def test_hot_keys_lead_and_the_rest_stays_in_order():
     assert (cold.diff(dim=-1) > 0).all()
 
 
-def test_hot_blocks_are_kept_by_every_query():
-    query, key, value = inputs()
-    order = make_key_order("hot_peel", key_importance(query, key), hot_share=0.05, block_k=8)
-    hot = reordered(value, order)[:, :8]
-    # Values of the hot keys count exactly: with them alone selected, it is attention to them.
-    output = sla2_with_key_order(query, key, value, order, sparsity=0.99, **BLOCKS)
-    alone = dense_attention(query, reordered(key, order)[:, :8], hot)
-    rest = torch.zeros_like(value).scatter(
-        1, order.places[..., :8].transpose(1, 2)[..., None].expand(2, 8, 2, 8), hot
-    )
-    mixed = sla2_with_key_order(query, key, rest, order, sparsity=0.99, **BLOCKS)
-    # Where only they have values, the linear branch gives nothing: what is left is alpha of it.
-    alpha = (mixed / alone)[..., 0]
-    torch.testing.assert_close(mixed, alpha[..., None] * alone)
-    assert (alpha > 0).all() and (alpha <= 1).all()
-    assert output.isfinite().all()
-    with pytest.raises(
-        ValueError, match=r"13 key blocks are always kept, but sparsity 0.9 keeps 1"
-    ):
-        everything = make_key_order("hot_peel", key_importance(query, key), hot_share=1, block_k=8)
-        sla2_with_key_order(query, key, value, everything, sparsity=0.9, **BLOCKS)
-
-
 def local_and_hot(length=512, dim=16):
     """A head whose queries look around themselves, and one whose queries want scattered keys."""
     generator = torch.Generator().manual_seed(2)
@@ -174,7 +91,8 @@ def test_each_head_gets_the_order_that_suits_it():
     }
     joined = join_key_orders(kinds, orders)
     assert joined.always.tolist() == [0, 1]
-    density = density_at_recall(query, key, joined, block_q=32, block_k=16)
+    found = measure_orders(query, key, {"joined": joined}, selected=9, block_q=32, block_k=16)
+    density = found["joined"].density
     expected = torch.stack([densities[kind][head] for head, kind in enumerate(kinds)])
     torch.testing.assert_close(density, expected)
     assert (density <= densities["identity"]).all()
@@ -196,9 +114,12 @@ def test_density_counts_blocks_until_the_mass_is_there():
             total += float(row[rank[count]])
             count += 1
         counts.append(count / 8)
-    found = density_at_recall(query, key, order, recall=0.8, **BLOCKS)
-    assert float(found) == pytest.approx(sum(counts) / 4)
-    assert float(density_at_recall(query, key, order, recall=1.0, **BLOCKS)) == pytest.approx(1)
+    found = measure_orders(query, key, {"it": order}, recall=0.8, selected=3, **BLOCKS)["it"]
+    assert float(found.density) == pytest.approx(sum(counts) / 4)
+    best = torch.stack([row[rank[:3]].sum() for row, rank in zip(mass, ranks, strict=True)])
+    assert float(found.recall) == pytest.approx(float(best.mean()))
+    found = measure_orders(query, key, {"it": order}, recall=1.0, **BLOCKS)["it"]
+    assert float(found.density) == pytest.approx(1)
 
 
 def test_bad_settings_are_refused():

@@ -32,6 +32,7 @@ ALLOWED = {
         "cli_generate",
         "cli_options",
         "cli_report",
+        "cli_tune",
         "__version__",
     },
     "cli_calibrate": {"pipelines", "calibration", "cli_options"},
@@ -39,12 +40,14 @@ ALLOWED = {
     "cli_generate": {"pipelines", "console", "cli_options"},
     "cli_options": set(),
     "cli_report": {"pipelines"},
+    "cli_tune": {"pipelines", "calibration", "cli_options"},
     "__init__": {"kernels", "pipelines", "config", "config_compression"},
 }
 FORBIDDEN_IN_KERNELS = {"diffusers", "transformers", "accelerate", "huggingface_hub", "typer"}
 OWN_NAMES = {
     *PARTS, "config", "config_checks", "config_compression", "console", "cli", "cli_calibrate",
-    "cli_finetune", "cli_generate", "cli_options", "cli_report", "assets", "__version__",
+    "cli_finetune", "cli_generate", "cli_options", "cli_report", "cli_tune", "assets",
+    "__version__",
 }  # fmt: skip
 
 

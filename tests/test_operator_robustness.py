@@ -19,7 +19,8 @@ from operator_inputs import (
 
 from sla_video.kernels import api
 from sla_video.kernels.api import available_implementations, exact_recall, sla2_attention
-from sla_video.kernels.routing import route
+from sla_video.kernels.reference import top_p_mask
+from sla_video.kernels.routing import route, select_top_p
 
 each_impl = pytest.mark.parametrize("impl", ["reference", "torch"])
 SMALL = {"sparsity": 0.7, "block_q": 16, "block_k": 8}
@@ -234,3 +235,19 @@ def test_available_implementations():
     states = available_implementations()
     assert states["reference"] == states["torch"] == "available"
     assert states["triton"] == "available" or states["triton"].startswith("not available: ")
+
+
+@pytest.mark.parametrize("always", [None, torch.tensor([2])], ids=["any", "leading"])
+def test_top_p_selects_something_however_masses_are_rounded(always):
+    # 905 equal masses add up to less than one in float32. Then one block alone, and NaN.
+    log_mass = torch.zeros(1, 1, 3, 905)
+    log_mass[0, 0, 1, 1:] = -torch.inf
+    log_mass[0, 0, 2] = torch.nan
+    assert torch.softmax(log_mass[0, 0, 0], -1).cumsum(-1)[-1] < 1
+    for cap in (1, 7, 905):
+        indices, valid = select_top_p(log_mass, 1.0, 1, cap, always)
+        assert valid.sum(-1).min() >= 1
+        assert indices[0, 0, 0][valid[0, 0, 0]].unique().numel() == cap
+        mask = top_p_mask(log_mass.log_softmax(-1), 1.0, 1, cap, always)
+        assert mask.sum(-1).min() >= 1
+        assert mask[0, 0, 0].sum() == cap

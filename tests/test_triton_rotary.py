@@ -53,13 +53,13 @@ def attention(heads, head_dim, dtype, *, eps=1e-6):
 def launches(monkeypatch):
     """Shapes that the kernel was called with."""
     found = []
-    real = triton_rotary._norm_rotate
+    real = triton_rotary._launch
 
-    def record(query, *arguments):
+    def record(query, *arguments, **settings):
         found.append(tuple(query.shape))
-        return real(query, *arguments)
+        return real(query, *arguments, **settings)
 
-    monkeypatch.setattr(triton_rotary, "_norm_rotate", record)
+    monkeypatch.setattr(triton_rotary, "_launch", record)
     return found
 
 
@@ -87,6 +87,12 @@ def test_values(poisoned, batch, length, heads, head_dim, dtype):
         bound = 1e-6 if dtype == torch.float32 else relative(theirs, wanted)
         assert relative(ours, wanted) <= bound
         assert relative(theirs, wanted) < 1e-2
+    own = inside_nan(states.to(dtype)).unbind(2)
+    value = own[2].clone()
+    turned = norm_rotate(*own[:2], *weights, cos, sin, heads=heads, eps=1e-6, in_place=True)
+    for x, y, ours in zip(own[:2], turned, got, strict=True):
+        assert torch.equal(y, ours) and y.data_ptr() == x.data_ptr()
+    assert torch.equal(own[2], value), "what lies between the rows stays"
 
 
 def test_the_pairs_are_those_of_the_stock_rotary_embedding():

@@ -21,8 +21,12 @@ class Operate(Protocol):
         *,
         context: tuple[torch.Tensor, torch.Tensor] | None = None,
         context_mask: torch.Tensor | None = None,
+        own_query: bool = False,
     ) -> torch.Tensor:
         """Self-attention of `[B, L, H, D]`, to the same shape.
+
+        `own_query`: nobody else holds the query, nor reads it after, so the output may be written
+        over it.
 
         `context` are key and value `[B, C, H, D]` of further tokens, which all queries attend to
         exactly where `context_mask` `[B, C]` is not False.

@@ -16,6 +16,8 @@ def norm_and_rotate(
     key: torch.Tensor,
     rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
     impl: str,
+    *,
+    own: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attn.norm_q` and `norm_k` over all heads, head split, rotary embedding.
 
@@ -25,13 +27,23 @@ def norm_and_rotate(
 
     Args:
         impl: of SLA attention, as its user chose it.
+        own: the caller made query and key, by projections, and reads neither after, so the result
+            may be written over them.
     """
     if rotary_emb is not None and _one_kernel(attn, query, key, rotary_emb, impl):
         # Not every platform has Triton.
         from sla_video.kernels.triton_rotary import norm_rotate
 
         weights = attn.norm_q.weight, attn.norm_k.weight
-        return norm_rotate(query, key, *weights, *rotary_emb, heads=attn.heads, eps=attn.norm_q.eps)
+        return norm_rotate(
+            query,
+            key,
+            *weights,
+            *rotary_emb,
+            heads=attn.heads,
+            eps=attn.norm_q.eps,
+            in_place=own and query.stride(-1) == key.stride(-1) == 1,
+        )
     query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
     key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
     return (query, key) if rotary_emb is None else rotate(query, key, *rotary_emb)

@@ -35,8 +35,13 @@ def attend(
 
     `rotary_emb` is (cos, sin), each `[1, L, 1, D]`.
     """
-    parts = project_in(attn, hidden_states, rotary_emb, impl=attn.processor.impl)
-    return project_out(attn, operate(*parts))
+    # Rotation makes a query that nobody else has. No name here holds keys and values, which go when
+    # attention is done.
+    output = operate(
+        *project_in(attn, hidden_states, rotary_emb, impl=attn.processor.impl),
+        own_query=rotary_emb is not None,
+    )
+    return project_out(attn, output)
 
 
 def project_in(
@@ -56,8 +61,14 @@ def project_in(
         query = attn.to_q(hidden_states)
         key = attn.to_k(hidden_states)
         value = attn.to_v(hidden_states)
-    query, key = norm_and_rotate(attn, query, key, rotary_emb, impl)
+    query, key = norm_and_rotate(attn, query, key, rotary_emb, impl, own=not _watched(attn))
     return query, key, value.unflatten(2, (attn.heads, -1))
+
+
+def _watched(attn: Any) -> bool:
+    """Whether someone may hold what the projections of queries and keys returned."""
+    projections = (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k)
+    return any(module._forward_hooks for root in projections for module in root.modules())
 
 
 def project_out(attn: Any, output: torch.Tensor) -> torch.Tensor:
