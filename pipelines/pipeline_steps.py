@@ -63,6 +63,11 @@ class PipelineSteps:
         pipe = self._holder(transformer)
         return len(pipe.scheduler.timesteps) - _first_index(pipe)
 
+    def others(self, transformer: nn.Module) -> list[nn.Module]:
+        """The other transformers of the pipeline."""
+        parts = _transformers(self._holder(transformer))
+        return [part for part in parts if part is not None and part is not transformer]
+
     def _holder(self, transformer: nn.Module) -> Any:
         pipe = self._pipe()
         if pipe is None:

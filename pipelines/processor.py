@@ -164,7 +164,7 @@ class SLAAttnProcessor(nn.Module):
                 f"Diffusers' {type(self.original).__name__} does not support context parallelism, "
                 "which calls that run dense would need: run on one device"
             )
-        if config is not None and self.compression is not None:
+        if self.compression is not None and Ulysses.of(config) is not None:
             raise ValueError(NOT_PARALLEL)
         self._ulysses = self._check_parallel(config)
         self.original._parallel_config = config

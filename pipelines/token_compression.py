@@ -34,6 +34,7 @@ from sla_video.pipelines.layer_compression import (
     LayerCompression,
     Role,
 )
+from sla_video.pipelines.parallel import Ulysses
 from sla_video.pipelines.pipeline_steps import PipelineSteps
 from sla_video.pipelines.processor import SLAAttnProcessor
 from sla_video.pipelines.token_order import RASTER, order_on
@@ -94,7 +95,7 @@ class TransformerCompression:
                 "`compression` needs the pipeline, whose scheduler counts the steps: pass the "
                 "pipeline, or compression=None"
             )
-        if getattr(transformer, "_parallel_config", None) is not None:
+        if Ulysses.of(getattr(transformer, "_parallel_config", None)) is not None:
             raise ValueError(NOT_PARALLEL)
         sparse = any(processor.sparsity is not None for processor in processors.values())
         if compression.mode == "kv" and sparse:
@@ -153,6 +154,10 @@ class TransformerCompression:
         if known is not schedule or step < self._step:
             self._schedule = weakref.ref(schedule)
             self._begin(step)
+            if step > 0:
+                # The transformer of the earlier steps has done its work.
+                for other in self._steps.others(transformer):
+                    _forget(other)
         self._branch = self._branch + 1 if step == self._step else 0
         self._step = step
         given = {**dict(zip(("hidden_states",), args, strict=False)), **kwargs}
@@ -208,6 +213,13 @@ class TransformerCompression:
     def _leave(self, _transformer: nn.Module, _args: Any, _output: Any) -> None:
         if self._meter is not None:
             self._meter.end()
+
+
+def _forget(transformer: nn.Module) -> None:
+    """Drop what the layers of another transformer have put aside."""
+    for module in transformer.modules():
+        if isinstance(module, SLAAttnProcessor) and module.compression is not None:
+            module.compression.forget()
 
 
 def _named_layers(settings: TokenCompression, names: list[str]) -> list[str] | None:

@@ -31,8 +31,8 @@ class TokenCompression:
             all tokens; "zero", nothing, as published.
         residual: whether to add what the output of the last full step had beyond that of the
             same short attention. Costs memory: B L H D numbers for each layer and branch of
-            guidance (with mode="qkv" and fill="prev" that is all; without, as many as queries are
-            kept). At half of the pairs it takes away most of the error.
+            guidance (with mode="qkv" those of the queries that are kept), until the video is
+            done. At half of the pairs it takes away most of the error.
         layers: that compress; -1 is the last. None takes those whose hidden state changes least,
             measured in the first step of each video.
         quantile: how large a share of the layers that is, in (0, 1]; for `layers=None`.

@@ -21,8 +21,12 @@ class _Captured(Exception):
     """All layers asked for have been seen."""
 
 
-def capture(layers: tuple[int, ...], *, steps: int = 1) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+def capture(
+    layers: tuple[int, ...], *, steps: int = 1, schedule: int | None = None
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """Layer -> query, key, value `[1, L, H, D]` float32 in the last of `steps` denoising steps.
+
+    These are the first ones of a `schedule` of so many; None: all of it.
 
     The pipeline runs as the command line runs it, without guidance, up to the last of `layers`.
     """
@@ -58,7 +62,7 @@ def capture(layers: tuple[int, ...], *, steps: int = 1) -> dict[int, tuple[Tenso
                 height=256,
                 width=256,
                 num_frames=25,
-                num_inference_steps=steps,
+                num_inference_steps=schedule or steps,
                 guidance_scale=1.0,
                 max_sequence_length=64,
                 output_type="latent",

@@ -21,6 +21,7 @@ from sla_video.kernels.token_compression import (
     linear_attention,
     nearest_kept,
     select_tokens,
+    short_attention,
 )
 from sla_video.kernels.token_order import hilbert_order
 from sla_video.kernels.token_scores import (
@@ -297,34 +298,31 @@ def test_linear_attention_is_sla2_where_nothing_is_selected():
     torch.testing.assert_close(linear_attention(query, key, value), expected)
 
 
-def test_every_fill_is_better_than_zero_on_the_embedded_model():
+def test_every_fill_and_the_residual_are_better_than_nothing_on_the_embedded_model():
     """In relative L1 against full attention, at half of the query-key pairs."""
-    grid = (7, 32, 32)
-    first, last = capture((0, 3), steps=1), capture((0, 3), steps=2)
+    grid, layer = (7, 32, 32), 2
+    before, now = (capture((layer,), steps=steps, schedule=20)[layer] for steps in (1, 2))
+    earlier, full = sdpa(*before), sdpa(*now)
     always = always_kept(grid)
-    for layer, (query, key, value) in last.items():
-        full, earlier = sdpa(query, key, value), sdpa(*first[layer])
-        ranking = rank_tokens(token_scores(*first[layer][:2], grid), always)
-        selection = select_tokens(ranking, share_count(7168, int(always.sum()), 0.5**0.5))
+    ranking = rank_tokens(token_scores(*before[:2], grid), always)
+
+    def error(mode, fill="zero", *, residual=False):
+        share = 0.5 if mode == "kv" else 0.5**0.5
+        selection = select_tokens(ranking, share_count(7168, int(always.sum()), share))
         extra = {
             "dropped_output": gather_tokens(earlier, selection.dropped),
             "nearest": nearest_kept(selection, grid),
         }
-        errors = {
-            fill: float(
-                (
-                    compressed_attention(
-                        query, key, value, selection, sdpa, mode="qkv", fill=fill, **extra
-                    )
-                    - full
-                )
-                .abs()
-                .sum()
-                / full.abs().sum()
-            )
-            for fill in FILLS
-        }
-        assert max(errors[fill] for fill in FILLS[:-1]) < errors["zero"], (layer, errors)
+        if residual:
+            whole = earlier if mode == "kv" else gather_tokens(earlier, selection.kept)
+            extra["residual"] = whole - short_attention(*before, selection, sdpa, mode=mode)
+        output = compressed_attention(*now, selection, sdpa, mode=mode, fill=fill, **extra)
+        return float((output - full).abs().sum() / full.abs().sum())
+
+    errors = {fill: error("qkv", fill) for fill in FILLS}
+    assert max(errors[fill] for fill in FILLS if fill != "zero") < errors["zero"], errors
+    for mode, fill in (("kv", "zero"), ("qkv", "prev")):
+        assert error(mode, fill, residual=True) < 0.7 * error(mode, fill)
 
 
 def test_bad_input_is_refused():
