@@ -39,6 +39,9 @@ from sla_video.pipelines.pipeline_steps import PipelineSteps
 from sla_video.pipelines.processor import SLAAttnProcessor
 from sla_video.pipelines.token_order import RASTER, order_on
 
+# More calls in one step than any guidance makes are no steps of a video: nothing is put aside.
+_MOST_BRANCHES = 8
+
 
 class TransformerCompression:
     """Forward hooks of one transformer that tell its layers what to do, until `remove`.
@@ -189,6 +192,8 @@ class TransformerCompression:
         if step < first:
             role = "count" if counted and step == first - 1 else None
         elif role == "refresh" and self._place.last:
+            role = None
+        if self._branch >= _MOST_BRANCHES:
             role = None
         if role is not None and self._chosen is None and step > 0:
             self._chosen = self._choose()
