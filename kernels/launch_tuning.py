@@ -132,6 +132,8 @@ def tune_launches(
         timer: in place of the GPU's own clock.
         on_case: called before each case.
     """
+    # "cuda" is the current one of several, and tensors know which.
+    device = torch.empty(0, device=device).device
     winners: dict[LaunchCase, LaunchConfig] = {}
     found = []
     for operator in operators:

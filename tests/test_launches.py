@@ -185,6 +185,11 @@ class TestTuning:
         # Elsewhere nothing is known.
         assert launch_config("attend", x.half(), **sizes) == SAFE
 
+    def test_a_device_may_be_named_with_and_without_its_number(self, folder, short_list):
+        for device in (torch.device(DEVICE), torch.device(DEVICE, 0)):
+            tuned = tune_operator(PROBLEM, device, timer=clock(safe=2.0, fast=1.0))
+            assert "attend" in {launch.case.split()[0] for launch in tuned}
+
     @pytest.mark.parametrize("fast", [1.995, 2.0, 3.0])
     def test_the_first_stays_unless_another_is_clearly_faster(self, fast, folder, short_list):
         assert tune(clock(safe=2.0, fast=fast))["attend"].chosen == SAFE

@@ -156,7 +156,9 @@ def test_a_patched_transformer_computes_the_same(memory, monkeypatch, fused):
         got = model(*call).sample
         assert len(memory["attended"]) == 1 and memory["attended"] == memory["rotated"]
         monkeypatch.setattr(processor, "attention_over_query", sla2_attention)
-        assert torch.equal(got, model(*call).sample)
+        # Code for the strides of fused projections may add in another order on a GPU.
+        bound = 1e-5 if fused and DEVICE != "cpu" else 0.0
+        torch.testing.assert_close(got, model(*call).sample, rtol=bound, atol=bound)
     assert len(memory["attended"]) == 1
 
 

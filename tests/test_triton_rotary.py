@@ -91,7 +91,10 @@ def test_values(poisoned, batch, length, heads, head_dim, dtype):
     value = own[2].clone()
     turned = norm_rotate(*own[:2], *weights, cos, sin, heads=heads, eps=1e-6, in_place=True)
     for x, y, ours in zip(own[:2], turned, got, strict=True):
-        assert torch.equal(y, ours) and y.data_ptr() == x.data_ptr()
+        # Code for other strides may add in another order on a GPU.
+        bound = 0.0 if DEVICE == "cpu" else torch.finfo(dtype).eps
+        torch.testing.assert_close(y, ours, rtol=2 * bound, atol=bound)
+        assert y.data_ptr() == x.data_ptr()
     assert torch.equal(own[2], value), "what lies between the rows stays"
 
 
