@@ -3,7 +3,7 @@
 A full step runs the layer's own attention (SLA2, or Diffusers' at whatever backend) on all tokens,
 ranks the tokens of each head, and puts aside what the short steps need:
 
-    kept and dropped tokens                       8 B H L bytes
+    kept and dropped tokens                       8 B H L bytes, twice with fill "neighbor"
     residual, mode "kv"                           B L H D numbers
     residual, mode "qkv"                          B K H D numbers
     dropped outputs, fill "prev" in mode "qkv"    B (L - K) H D numbers

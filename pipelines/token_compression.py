@@ -215,6 +215,7 @@ class TransformerCompression:
             )
         return quiet_layers(drifts, self._settings.quantile)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _leave(self, _transformer: nn.Module, _args: Any, _output: Any) -> None:
         if self._meter is not None:
             self._meter.end()
