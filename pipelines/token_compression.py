@@ -62,8 +62,8 @@ class TransformerCompression:
         self._place = ForwardPlace()
         self._processors = dict(processors)
         self._layers = {
-            name: LayerCompression(self._settings, self._place, settings.block_q)
-            for name in processors
+            name: LayerCompression(self._settings, self._place, processor)
+            for name, processor in processors.items()
         }
         self._named = _named_layers(self._settings, list(processors))
         self._meter = DriftMeter(list(processors)) if self._named is None else None
