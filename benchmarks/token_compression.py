@@ -137,6 +137,7 @@ def layer_errors(trajectory: Trajectory, start: int, pairs: float) -> dict[str, 
     always = always_kept(grid).to(trajectory.latents[0].device)
     errors: dict[str, list[list[float]]] = {describe(way): [[], []] for way in WAYS}
     for layer in layers:
+        fulls = [sdpa(*found[step, layer]) for step in later]
         before = found[start, layer]
         whole = sdpa(*before)
         ranking = rank_tokens(token_scores(*before[:2], grid), always)
@@ -153,7 +154,7 @@ def layer_errors(trajectory: Trajectory, start: int, pairs: float) -> dict[str, 
                 same = whole if mode == "kv" else gather_tokens(whole, selection.kept)
                 extra["residual"] = same - short
             for place, step in enumerate(later):
-                full = sdpa(*found[step, layer])
+                full = fulls[place]
                 output = compressed_attention(
                     *found[step, layer], selection, sdpa, mode=mode, fill=fill, **extra
                 )

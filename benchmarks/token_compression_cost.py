@@ -38,6 +38,7 @@ from sla_video.kernels.token_compression import (
 from sla_video.kernels.token_order import Grid
 from sla_video.kernels.token_scores import (
     always_kept,
+    always_kept_on,
     coverage_count,
     rank_tokens,
     share_count,
@@ -94,7 +95,7 @@ class Compressed:
     def select(self) -> TokenSelection:
         """Scores, ranking and choice; counted by coverage too, as with `tau`."""
         query, key, _ = self.qkv
-        always = always_kept(self.grid).to(query.device)
+        always = always_kept_on(self.grid, str(query.device))
         scores = token_scores(query, key, self.grid)
         ranking = rank_tokens(scores, always)
         coverage_count(scores, ranking, always, 0.005)
@@ -142,6 +143,23 @@ def check(qkv: Qkv, grid: Grid, pairs: float) -> None:
     everything = select_tokens(ranking, length)
     one = compressed_attention(query, key, value, everything, dense)
     assert torch.equal(one, dense(query, key, value)), "keeping everything is not the inner one"
+    if query.is_cuda:
+        check_waits(qkv, grid, pairs)
+
+
+def check_waits(qkv: Qkv, grid: Grid, pairs: float) -> None:
+    """Nothing waits for the device, in a full step or in a short one."""
+    for way in WAYS:
+        query, key, value = (part[:, :, :2].contiguous() for part in qkv)
+        case = Compressed((query, key, value), grid, pairs, dense, *way)
+        case()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            case.prepare()
+            case()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def gathers(qkv: Qkv, places: Tensor) -> dict[tuple[str, None], Run]:

@@ -112,12 +112,12 @@ def compressed_attention(
     if fill == "prev":
         if dropped_output is None:
             raise ValueError("fill='prev' needs `dropped_output`, the output of an earlier call")
-        filling = dropped_output.detach().to(output.dtype)
+        filling = dropped_output.detach()
     elif fill == "linear":
         filling = linear_attention(gather_tokens(query, selection.dropped), key, value)
     else:
         filling = output.new_zeros(())
-    return _scatter(output, filling, selection, query.shape[1])
+    return _scatter(output, filling.to(output.dtype), selection, query.shape[1])
 
 
 def short_attention(
@@ -202,13 +202,14 @@ def fewer_keys(inner: Inner, query: Tensor, key: Tensor, value: Tensor, block_q:
         raise ValueError(
             f"the {count} keys that are kept are no multiple of the {block_q} queries of a block"
         )
-    missing = -length % block_q
+    *whole, last = query.split(count, 1)
+    missing = -last.shape[1] % block_q
     if missing:
-        tail = query[:, length - length % block_q :]
+        tail = last[:, last.shape[1] // block_q * block_q :]
         mean = tail.mean(1, keepdim=True, dtype=compute_dtype(query.dtype)).to(query.dtype)
-        query = torch.cat((query, mean.expand(-1, missing, -1, -1)), 1)
-    padded = F.pad(query, (0, 0, 0, 0, 0, -query.shape[1] % count))
-    return torch.cat([inner(run, key, value) for run in padded.split(count, 1)], 1)[:, :length]
+        last = torch.cat((last, mean.expand(-1, missing, -1, -1)), 1)
+    last = F.pad(last, (0, 0, 0, 0, 0, count - last.shape[1]))
+    return torch.cat([inner(run, key, value) for run in (*whole, last)], 1)[:, :length]
 
 
 def _scatter(output: Tensor, filling: Tensor, selection: TokenSelection, length: int) -> Tensor:

@@ -74,7 +74,7 @@ def token_scores(
     """
     batch, length = query.shape[:2]
     _check_length(length, grid, order)
-    rows = probe_places(grid, probes).to(query.device)
+    rows = _probes_on(grid, probes, str(query.device))
     if order is not None:
         rows = inverse_order(order.to(query.device))[rows]
     group = max(1, _WEIGHT_ELEMENTS // (batch * length * rows.numel()))
@@ -175,9 +175,16 @@ def _check_length(length: int, grid: Grid, order: Tensor | None) -> None:
         raise ValueError(f"{length} tokens do not fit a grid of {tuple(grid)}{listed}")
 
 
+# Made once, since a copy from the host to the device may have to wait for it.
+@functools.lru_cache(maxsize=16)
+def _probes_on(grid: Grid, probes: int, device: str) -> Tensor:
+    # A tensor made in inference mode could never be used in training.
+    with torch.inference_mode(False):
+        return probe_places(grid, probes).to(device)
+
+
 @functools.lru_cache(maxsize=16)
 def always_kept_on(grid: Grid, device: str) -> Tensor:
     """`always_kept` on a device, kept from call to call."""
-    # A tensor made in inference mode could never be used in training.
     with torch.inference_mode(False):
         return always_kept(grid).to(device)

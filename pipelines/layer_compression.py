@@ -3,7 +3,7 @@
 A full step runs the layer's own attention (SLA2, or Diffusers' at whatever backend) on all tokens,
 ranks the tokens of each head, and puts aside what the short steps need:
 
-    kept and dropped tokens                       8 B H L bytes
+    kept and dropped tokens                       8 B H L bytes, twice with fill "neighbor"
     residual, mode "kv"                           B L H D numbers
     residual, mode "qkv"                          B K H D numbers
     dropped outputs, fill "prev" in mode "qkv"    B (L - K) H D numbers
@@ -15,6 +15,8 @@ heads, L tokens, K kept tokens, D head dimension.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sla_video.config_compression import TokenCompression
+from sla_video.kernels.context import needs_gradients
 from sla_video.kernels.token_compression import (
     Inner,
     TokenSelection,
@@ -95,18 +98,37 @@ class LayerCompression:
     Args:
         settings: of the transformer.
         place: where its forward is.
-        block_q: of the layer's SLA2.
+        processor: of the layer.
 
     Attributes:
-        role: what the layer does in the running forward; None leaves it as it is without us.
+        engaged: whether the running forward needs `attend`; without, the layer is as without us.
     """
 
-    def __init__(self, settings: TokenCompression, place: ForwardPlace, block_q: int) -> None:
-        self.role: Role | None = None
+    def __init__(
+        self, settings: TokenCompression, place: ForwardPlace, processor: SLAAttnProcessor
+    ) -> None:
         self._settings = settings
         self._place = place
-        self._block_q = block_q
+        self._processor = processor
+        self.role = None
         self.forget()
+        self._register()
+
+    def _register(self) -> None:
+        # For compiled code, which finds us by it; a tensor, for a number would be compiled in.
+        self._number = torch.tensor(next(_numbers))
+        _layers[int(self._number)] = self
+
+    @property
+    def role(self) -> Role | None:
+        """What the layer does in the running forward; None is nothing."""
+        return self._role
+
+    @role.setter
+    def role(self, role: Role | None) -> None:
+        self._role = role
+        # All that compiled code looks at: it has one graph with us and one without.
+        self.engaged = role is not None
 
     def forget(self) -> None:
         """Drop everything that was put aside."""
@@ -120,49 +142,54 @@ class LayerCompression:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model starts anew: events of a device cannot be copied.
-        return {**vars(self), "_aside": {}, "_count": None, "_counting": None, "role": None}
+        return {"_settings": self._settings, "_place": self._place, "_processor": self._processor}
 
-    @property
-    def engaged(self) -> bool:
-        """Whether the running forward needs `attend`."""
-        return self.role is not None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.role = None
+        self.forget()
+        self._register()
 
     @property
     def bytes(self) -> int:
         """Memory that is put aside just now."""
         return sum(aside.bytes for aside in self._aside.values())
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator,unused-ignore]
-        reason="token compression keeps state from step to step: do not compile with fullgraph=True"
-    )
-    def attend(
-        self, processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention `[B, L, H, D]` of the same, in the role of this forward."""
+        if torch.compiler.is_compiling() and not needs_gradients(query, key, value):
+            # To the compiler one step that it does not look into: it could not follow our state.
+            output: Tensor = _attend(query, key, value, self._number)
+            return output
+        whole: Tensor = self.run(query, key, value)
+        return whole
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def run(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attend` outside of compiled code."""
+        processor = self._processor
         like = (query.shape, query.dtype, query.device)
         if self.role == "short":
             aside = self._aside.get(self._place.branch)
             if aside is not None and (aside.window, aside.like) == (self._place.window, like):
-                return self._short(processor, aside, query, key, value)
+                return self._short(aside, query, key, value)
         output = _own_attention(processor, query, key, value)
         processor.recorder.add("pairs", 1.0)
         if self.role in ("count", "refresh"):
-            self._prepare(processor, query, key, value, output)
+            self._prepare(query, key, value, output)
         return output
 
-    def _short(
-        self, processor: SLAAttnProcessor, aside: _Aside, query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
+    def _short(self, aside: _Aside, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._place.last:
             del self._aside[self._place.branch]
         share = aside.selection.kept.shape[-1] / query.shape[1]
-        processor.recorder.add("pairs", share if self._settings.mode == "kv" else share**2)
+        self._processor.recorder.add("pairs", share if self._settings.mode == "kv" else share**2)
         return compressed_attention(
             query,
             key,
             value,
             aside.selection,
-            self._inner(processor),
+            self._inner(),
             mode=self._settings.mode,
             fill=self._settings.fill,
             dropped_output=aside.dropped_output,
@@ -171,9 +198,7 @@ class LayerCompression:
         )
 
     @torch.no_grad()
-    def _prepare(
-        self, processor: SLAAttnProcessor, query: Tensor, key: Tensor, value: Tensor, output: Tensor
-    ) -> None:
+    def _prepare(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         """Count, and before short steps choose tokens and put aside what those need."""
         settings, place = self._settings, self._place
         first = place.branch == 0
@@ -201,11 +226,10 @@ class LayerCompression:
         if keeps:
             assert self._count is not None
             selection = select_tokens(ranking, self._count)
-            self._put_aside(processor, selection, query, key, value, output)
+            self._put_aside(selection, query, key, value, output)
 
     def _put_aside(
         self,
-        processor: SLAAttnProcessor,
         selection: TokenSelection,
         query: Tensor,
         key: Tensor,
@@ -216,7 +240,7 @@ class LayerCompression:
         some = settings.mode == "qkv" and selection.dropped.shape[-1] > 0
         residual = None
         if settings.residual and selection.dropped.shape[-1] > 0:
-            inner = self._inner(processor, recording=False)
+            inner = self._inner(recording=False)
             short = short_attention(query, key, value, selection, inner, mode=settings.mode)
             residual = (gather_tokens(output, selection.kept) if some else output) - short
         self._aside[place.branch] = _Aside(
@@ -236,8 +260,9 @@ class LayerCompression:
             residual=residual,
         )
 
-    def _inner(self, processor: SLAAttnProcessor, *, recording: bool = True) -> Inner:
+    def _inner(self, *, recording: bool = True) -> Inner:
         """The layer's own attention among fewer keys; what it leaves out is recorded."""
+        processor = self._processor
 
         def sla2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             # Places of keys in the whole sequence say nothing of those that are left.
@@ -250,9 +275,26 @@ class LayerCompression:
                 return dense_attention(processor, query, key, value)
             if recording:
                 processor._observe(query, key, None)
-            return fewer_keys(sla2, query, key, value, self._block_q)
+            return fewer_keys(sla2, query, key, value, processor.operator_options["block_q"])
 
         return inner
+
+
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, LayerCompression] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("sla_video::compressed_attention", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, number: Tensor) -> Tensor:
+    """What is put aside is of memory of its own, so compiled code may write into the output."""
+    output: Tensor = _layers[int(number)].run(query, key, value)
+    # As it was announced, also under autocast.
+    return output.to(value.dtype).contiguous()
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, number: Tensor) -> Tensor:
+    return value.new_empty(value.shape)
 
 
 def _own_attention(

@@ -232,7 +232,7 @@ class SLAAttnProcessor(nn.Module):
         """Attention of whole sequences `[B, L, H, D]`; in context parallelism, of some heads."""
         if self.attention is None:
             if self.compression is not None and self.compression.engaged:
-                output: torch.Tensor = self.compression.attend(self, query, key, value)
+                output: torch.Tensor = self.compression.attend(query, key, value)
                 return output
             return self._operator(query, key, value, **how)
         if how.keys() - {"own_query"}:

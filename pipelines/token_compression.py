@@ -39,6 +39,9 @@ from sla_video.pipelines.pipeline_steps import PipelineSteps
 from sla_video.pipelines.processor import SLAAttnProcessor
 from sla_video.pipelines.token_order import RASTER, order_on
 
+# More calls in one step than any guidance makes are no steps of a video: nothing is put aside.
+_MOST_BRANCHES = 8
+
 
 class TransformerCompression:
     """Forward hooks of one transformer that tell its layers what to do, until `remove`.
@@ -59,8 +62,8 @@ class TransformerCompression:
         self._place = ForwardPlace()
         self._processors = dict(processors)
         self._layers = {
-            name: LayerCompression(self._settings, self._place, settings.block_q)
-            for name in processors
+            name: LayerCompression(self._settings, self._place, processor)
+            for name, processor in processors.items()
         }
         self._named = _named_layers(self._settings, list(processors))
         self._meter = DriftMeter(list(processors)) if self._named is None else None
@@ -190,6 +193,8 @@ class TransformerCompression:
             role = "count" if counted and step == first - 1 else None
         elif role == "refresh" and self._place.last:
             role = None
+        if self._branch >= _MOST_BRANCHES:
+            role = None
         if role is not None and self._chosen is None and step > 0:
             self._chosen = self._choose()
         for name, layer in self._layers.items():
@@ -210,6 +215,7 @@ class TransformerCompression:
             )
         return quiet_layers(drifts, self._settings.quantile)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _leave(self, _transformer: nn.Module, _args: Any, _output: Any) -> None:
         if self._meter is not None:
             self._meter.end()

@@ -34,6 +34,8 @@ PROMPT = "a red circle"
         ([PROMPT, "--sparsity", "-0.1"], ["`sparsity` must be in [0, 1), got -0.1"]),
         ([PROMPT, "--token-order", "spiral"], ["`token_order` must be raster, ", "got 'spiral'"]),
         ([PROMPT, "--dense", "--token-order", "hilbert"], ["takes no `token_order`"]),
+        ([PROMPT, "--compress", "0"], ["`compress` must be above 0 and at most 1, got 0"]),
+        ([PROMPT, "--dense", "--compress", "1.5"], ["`compress` must be", "got 1.5"]),
         ([PROMPT, "--sparse-dtype", "int4"], ["must be one of bf16, int8, int8_fp8", "got 'int4'"]),
         ([PROMPT, "--dense", "--sparse-dtype", "int8"], ["takes no `sparse_dtype`"]),
         ([PROMPT, "--sparsity", "nan"], ["`sparsity` must be in [0, 1), got nan"]),

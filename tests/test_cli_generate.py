@@ -132,6 +132,24 @@ def test_sparse_differs_from_dense_and_nothing_else_does(
     assert tiles["attention"]["config"]["token_order"] == "tile:3,4,4"
 
 
+def test_compression_is_on_its_own_and_in_dense_attention(
+    tiny_pipeline_dir: Path, tmp_path: Path, frames_written: list[np.ndarray[Any, Any]]
+) -> None:
+    size = ("--frames", 9, "--height", 64, "--width", 64, "--seed", 3, "--steps", 3)
+    generate(tiny_pipeline_dir, tmp_path, *size, "--dense")
+    dense = generate(tiny_pipeline_dir, tmp_path, *size, "--dense", "--compress", 0.6)
+    sparse = generate(tiny_pipeline_dir, tmp_path, *size, "--sparsity", 0.6, "--compress", 0.6)
+    for record, kind in ((dense, "compressed"), (sparse, "sla2")):
+        assert record["attention"]["kind"] == kind
+        assert record["attention"]["config"]["compression"]["pairs"] == 0.6
+        assert record["settings"]["compress"] == 0.6
+        # One of three layers, in the last of three steps, at 128 of 192 tokens.
+        pairs = sorted(layer["pairs"] for layer in record["attention"]["layers"])
+        assert pairs == pytest.approx([8 / 9, 1, 1])
+    stock, compressed, _ = (f.astype(int) for f in frames_written)
+    assert 0 < abs(stock - compressed).max() < 30
+
+
 def test_seeds_make_videos_and_are_counted_on(
     tiny_pipeline_dir: Path, tmp_path: Path, frames_written: list[np.ndarray[Any, Any]]
 ) -> None:

@@ -28,6 +28,7 @@ from sla_video.kernels.token_scores import (
     rank_tokens,
     token_scores,
 )
+from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.families.wan import project_in, project_out
 from sla_video.pipelines.parallel import Ulysses
 from tiny_models import build_tiny_pipeline, build_tiny_transformer
@@ -268,20 +269,24 @@ def test_a_cache_of_blocks_and_compression_go_together():
     assert layer.pairs is not None and layer.pairs <= 1
 
 
-def test_compiled_blocks_take_compression_out_of_the_graph_and_a_full_graph_is_refused():
-    pipe = build_tiny_pipeline(num_layers=1)
-    config = SMALL.replace(compression=TokenCompression(pairs=0.6, layers=[0]))
-    with enable_sla(pipe, config=config):
-        expected = run(pipe, steps=4)
+@pytest.mark.parametrize("dense", [False, True], ids=["sla2", "dense"])
+def test_compiled_blocks_stay_whole_graphs_that_two_layers_share(dense):
+    compression = TokenCompression(mode="qkv", pairs=0.4, layers=[0, 1])
+    config = (DENSE if dense else SMALL).replace(dense_layers=[0, 1] if dense else ())
+    pipe = build_tiny_pipeline(num_layers=2)
+    enable_sla(pipe, config=config, compression=compression)
+    expected = run(pipe, steps=4)
     torch._dynamo.reset()
-    enable_sla(pipe, config=config)
-    pipe.transformer.compile_repeated_blocks(backend="eager")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(pipe, steps=4), expected)
     torch._dynamo.reset()
-    pipe = build_tiny_pipeline(num_layers=1)
-    enable_sla(pipe, config=config)
-    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="do not compile with fullgraph=True"):
+
+
+def test_layers_to_compress_cannot_be_measured_in_compiled_blocks():
+    pipe = build_tiny_pipeline(num_layers=2)
+    enable_sla(pipe, config=SMALL, compression=TokenCompression(pairs=0.6))
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with pytest.raises(InputError, match=r"name them in `TokenCompression\(layers=…\)`"):
         run(pipe, steps=4)
     torch._dynamo.reset()
 

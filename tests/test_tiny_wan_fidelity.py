@@ -40,7 +40,7 @@ def test_values_are_those_of_the_definition(pipe, probe):
         seen = []
         name = "transformer.blocks.0.attn1"
         layer = handle.processors[name]
-        layer._operator = lambda q, k, v: seen.append((q, k, v)) or v
+        layer._operator = lambda q, k, v, **_: seen.append((q, k, v)) or v
         with torch.no_grad():
             pipe.transformer(probe.noisy, probe.timestep, probe.text)
             velocity_there = pipe.transformer(probe.noisy, probe.timestep, probe.text)[0]

@@ -300,7 +300,7 @@ def test_linear_attention_is_sla2_where_nothing_is_selected():
 
 def test_every_fill_and_the_residual_are_better_than_nothing_on_the_embedded_model():
     """In relative L1 against full attention, at half of the query-key pairs."""
-    grid, layer = (7, 32, 32), 2
+    grid, layer = (7, 32, 32), 0
     before, now = (capture((layer,), steps=steps, schedule=20)[layer] for steps in (1, 2))
     earlier, full = sdpa(*before), sdpa(*now)
     always = always_kept(grid)
@@ -323,6 +323,23 @@ def test_every_fill_and_the_residual_are_better_than_nothing_on_the_embedded_mod
     assert max(errors[fill] for fill in FILLS if fill != "zero") < errors["zero"], errors
     for mode, fill in (("kv", "zero"), ("qkv", "prev")):
         assert error(mode, fill, residual=True) < 0.7 * error(mode, fill)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_the_dtype_is_that_of_the_inner_attention(fill):
+    """Under autocast it gives another than it takes."""
+    parts = random_qkv(27, dtype=torch.float32)
+    selection = choose((3, 3, 3), 19, batch=1)
+
+    def inner(*qkv):
+        return sdpa(*qkv).bfloat16()
+
+    dropped = gather_tokens(parts[2], selection.dropped)
+    nearest = nearest_kept(selection, (3, 3, 3))
+    output = compressed_attention(
+        *parts, selection, inner, mode="qkv", fill=fill, dropped_output=dropped, nearest=nearest
+    )
+    assert output.dtype == torch.bfloat16
 
 
 def test_bad_input_is_refused():
