@@ -301,7 +301,11 @@ def test_linear_attention_is_sla2_where_nothing_is_selected():
 def test_every_fill_and_the_residual_are_better_than_nothing_on_the_embedded_model():
     """In relative L1 against full attention, at half of the query-key pairs."""
     grid, layer = (7, 32, 32), 0
-    before, now = (capture((layer,), steps=steps, schedule=20)[layer] for steps in (1, 2))
+    # Two of four heads are enough, and half the time.
+    before, now = (
+        [part[:, :, :2] for part in capture((layer,), steps=steps, schedule=20)[layer]]
+        for steps in (1, 2)
+    )
     earlier, full = sdpa(*before), sdpa(*now)
     always = always_kept(grid)
     ranking = rank_tokens(token_scores(*before[:2], grid), always)
