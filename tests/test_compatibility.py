@@ -130,15 +130,19 @@ def test_full_selection_is_diffusers_with_the_feature(feature, order):
 def test_sparse_attention_runs_with_the_feature(feature, order, monkeypatch):
     if feature.needs:
         pytest.importorskip(feature.needs, reason=f"needs {feature.needs}")
-    operator, calls = processor_module.sla2_attention, 0
+    calls = 0
 
-    def count(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        return operator(*args, **kwargs)
+    def counting(operator):
+        def count(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            return operator(*args, **kwargs)
+
+        return count
 
     pipe, handle = prepare(feature, order)
-    monkeypatch.setattr(processor_module, "sla2_attention", count)
+    for name in ("sla2_attention", "attention_over_query"):
+        monkeypatch.setattr(processor_module, name, counting(getattr(processor_module, name)))
     output = generate(pipe, feature)
     monkeypatch.undo()
     assert calls_of(handle) == calls > 0

@@ -92,4 +92,4 @@ def test_the_script_for_the_memory_checker_runs():
     command = [sys.executable, script, "--dry-run", "--part", "20/36"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-6:] == ["torch.float32", "int8", "40", "top_p", "129", "done"]
+    assert "torch.bfloat16 int8 128 top_p 129: done in" in done.stdout
