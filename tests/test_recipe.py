@@ -168,7 +168,10 @@ def test_generate(tiny_pipeline_dir: Path, tiny_pipeline: Any, here: Path) -> No
         (["--sparsity", "0.9"], ["`recipe` decides on `sparsity`"]),
         (["--dense"], ["takes no `recipe`"]),
         (["--recipe", "missing.json"], ["no recipe at 'missing.json'", "sla-video tune"]),
-        (["--model", "tiny-wan"], ["was made for", "not for tiny-wan", "num_attention_heads: 2 / 4"]),
+        (
+            ["--model", "tiny-wan"],
+            ["was made for", "not for tiny-wan", "num_attention_heads: 2 / 4"],
+        ),
     ],
     ids=lambda value: " ".join(value),
 )
