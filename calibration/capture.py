@@ -80,17 +80,14 @@ class CapturePlan:
         return {**asdict(self), "prompts": list(self.prompts)}
 
 
-class CaptureStore(Protocol):
-    """Where captures go: see `capture_store.py`."""
+class CaptureSink(Protocol):
+    """Where captures go: to be kept (`capture_store.py`), or measured at once."""
 
     def has(self, layer: str, key: CallKey) -> bool:
         """Whether the capture is there."""
 
     def put(self, layer: str, key: CallKey, capture: Capture) -> None:
-        """Keep a copy of it."""
-
-    def get(self, layer: str, key: CallKey) -> Capture:
-        """The capture, in host memory."""
+        """Take what is wanted of it; the tensors are not ours to keep."""
 
 
 def sequence_length(
@@ -162,7 +159,7 @@ def run_captures(
     layers: Mapping[str, nn.Module],
     plan: CapturePlan,
     calls: Mapping[str, Sequence[CallKey]],
-    store: CaptureStore,
+    store: CaptureSink,
     progress: Progress,
     *,
     label: str = "capturing",
@@ -214,7 +211,7 @@ def run_captures(
 class _Watch:
     """Which calls are wanted, and which call is running."""
 
-    def __init__(self, wanted: Sequence[tuple[str, CallKey]], store: CaptureStore) -> None:
+    def __init__(self, wanted: Sequence[tuple[str, CallKey]], store: CaptureSink) -> None:
         self.store = store
         self.step = 0
         self.branch: dict[str, int] = {}

@@ -189,7 +189,7 @@ def choose_kinds(choosing: Sequence[Measures], judging: Sequence[Measures]) -> L
 
 @dataclass
 class _Gate:
-    """A `CaptureStore` that measures calls instead of keeping them."""
+    """A `CaptureSink` that measures calls instead of keeping them."""
 
     config: SLAConfig
     sparsities: Mapping[str, float]
@@ -215,9 +215,6 @@ class _Gate:
         )
         on_host = {k: OrderMeasures(*(x.cpu() for x in m)) for k, m in measures.items()}
         self.measured.setdefault(layer, {})[key] = on_host
-
-    def get(self, layer: str, key: CallKey) -> Capture:
-        raise NotImplementedError("captures are not kept")
 
 
 def _choose(measured: Mapping[CallKey, Measures], first_judge: int) -> LayerChoice:

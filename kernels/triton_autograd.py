@@ -22,7 +22,7 @@ from torch import Tensor
 from sla_video.kernels.options import Options, PhiK, SparseDtype
 from sla_video.kernels.triton_backward import sla2_backward
 from sla_video.kernels.triton_backward_routing import share_mean_gradient
-from sla_video.kernels.triton_forward import attend_all
+from sla_video.kernels.triton_forward import attend_all, forward_arguments
 from sla_video.kernels.triton_routing import BlockPlan
 from sla_video.kernels.triton_statistics import BlockStatistics
 
@@ -224,18 +224,7 @@ def mixed_attention(
         key,
         value,
         statistics.key_means,
-        statistics.key_mean,
-        statistics.value_max,
-        statistics.low_query,
-        statistics.query_scale,
-        plan.indices,
-        plan.counts,
-        plan.alpha,
-        plan.dropped,
-        options.block_q,
-        options.block_k,
-        options.sparse_dtype,
-        options.phi_k,
+        *forward_arguments(statistics, plan, options),
         need_lse or learning,
         learning,
     )

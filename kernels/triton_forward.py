@@ -8,19 +8,42 @@ triton_attend    O_s and its log-sum-exp, and in the same kernel the mix with O_
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sla_video.kernels.options import PhiK, SparseDtype
+from sla_video.kernels.options import Options, PhiK, SparseDtype
 from sla_video.kernels.routing import num_blocks
 from sla_video.kernels.triton_attend import attend
 from sla_video.kernels.triton_linear import sum_dropped_states
 from sla_video.kernels.triton_prepare import prepare_keys
+from sla_video.kernels.triton_routing import BlockPlan
+from sla_video.kernels.triton_statistics import BlockStatistics
 from sla_video.kernels.triton_tiles import padded_dim
 
 # What the states of the heads that are worked on together may take, with their sums.
 _STATE_BYTES = 2**29
+
+
+def forward_arguments(
+    statistics: BlockStatistics, plan: BlockPlan, options: Options
+) -> tuple[Any, ...]:
+    """What operators of the forward take after Q, K and V, in the order of `attend_all`."""
+    return (
+        statistics.key_mean,
+        statistics.value_max,
+        statistics.low_query,
+        statistics.query_scale,
+        plan.indices,
+        plan.counts,
+        plan.alpha,
+        plan.dropped,
+        options.block_q,
+        options.block_k,
+        options.sparse_dtype,
+        options.phi_k,
+    )
 
 
 def attend_all(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sla_video.kernels.options import Options, PhiK, SparseDtype
-from sla_video.kernels.triton_forward import attend_all
+from sla_video.kernels.triton_forward import attend_all, forward_arguments
 from sla_video.kernels.triton_routing import BlockPlan
 from sla_video.kernels.triton_statistics import BlockStatistics
 
@@ -97,18 +97,7 @@ def attention_in_query(
         query,
         key,
         value,
-        statistics.key_mean,
-        statistics.value_max,
-        statistics.low_query,
-        statistics.query_scale,
-        plan.indices,
-        plan.counts,
-        plan.alpha,
-        plan.dropped,
-        options.block_q,
-        options.block_k,
-        options.sparse_dtype,
-        options.phi_k,
+        *forward_arguments(statistics, plan, options),
         need_lse,
     )
     return query, lse if need_lse else None

@@ -17,7 +17,7 @@ from sla_video.kernels.context import needs_gradients
 from sla_video.kernels.key_places import KeyOrder, take_tokens
 from sla_video.kernels.options import Options, PhiK, SparseDtype
 from sla_video.kernels.router import Router
-from sla_video.kernels.triton_forward import attend_all
+from sla_video.kernels.triton_forward import attend_all, forward_arguments
 from sla_video.kernels.triton_routing import BlockPlan
 from sla_video.kernels.triton_statistics import BlockStatistics
 
@@ -109,18 +109,7 @@ def ordered_attention(
         key,
         value,
         places,
-        statistics.key_mean,
-        statistics.value_max,
-        statistics.low_query,
-        statistics.query_scale,
-        plan.indices,
-        plan.counts,
-        plan.alpha,
-        plan.dropped,
-        options.block_q,
-        options.block_k,
-        options.sparse_dtype,
-        options.phi_k,
+        *forward_arguments(statistics, plan, options),
         need_lse,
     )
     return out, lse if need_lse else None

@@ -143,16 +143,8 @@ def _norm_rotate(
 
 
 @_norm_rotate.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    *_, heads, _ = more
     shape = _split(query, heads)
     return query.new_empty(shape), query.new_empty(shape)
 

@@ -8,17 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from sla_video.cli_options import (
+    CaptureMemory,
+    DenoisingSteps,
+    DenseLayers,
     DenseSteps,
     Device,
     Dtype,
     Frames,
+    GuidanceScale,
     Height,
     Model,
+    NegativePrompt,
     Offload,
     Prompts,
     Width,
+    given_prompts,
 )
-from sla_video.pipelines.errors import InputError
 
 
 def calibrate(
@@ -79,34 +84,18 @@ def calibrate(
             "tile:4,4,4 or axes:hwt. It is saved with the routers."
         ),
     ] = "raster",
-    dense_layer: Annotated[
-        list[int] | None,
-        typer.Option(help="Layer that keeps full attention, -1 for the last; may be repeated."),
-    ] = None,
+    dense_layers: DenseLayers = None,
     dense_steps: DenseSteps = None,
     capture_steps: Annotated[
         int, typer.Option(help="Denoising steps captured of each prompt.")
     ] = 4,
-    denoising_steps: Annotated[
-        int | None,
-        typer.Option(help="Denoising steps.  [default: the model's own, at most 12; tiny-wan: 6]"),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Weight of the prompt.  [default: the model's own]")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the videos should not show; needs guidance.")
-    ] = None,
+    denoising_steps: DenoisingSteps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
-    memory: Annotated[
-        float,
-        typer.Option(
-            help="GiB of host memory for captures; where it is short the pipeline runs again for "
-            "each group of layers."
-        ),
-    ] = 8.0,
+    memory: CaptureMemory = 8.0,
     spill: Annotated[
         Path | None,
         typer.Option(
@@ -140,14 +129,11 @@ def calibrate(
     from sla_video.calibration.calibrate import calibrate as run
     from sla_video.calibration.calibration_request import CalibrationRequest
     from sla_video.calibration.report import report_table
-    from sla_video.pipelines.generation_request import read_prompts
     from sla_video.pipelines.progress import TerminalProgress
 
-    if prompt and prompts is not None:
-        raise InputError("give prompts as arguments or with --prompts, not both")
     choices: dict[str, Any] = {"alpha": alpha, "phi_k": phi_k, "trainable": trainable}
     request = CalibrationRequest(
-        prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
+        prompts=given_prompts(prompt, prompts),
         model=model,
         sparsities=tuple(sparsity or ()),
         mean_sparsity=mean_sparsity,
@@ -158,7 +144,7 @@ def calibrate(
         tau=tau,
         router_per_head=router_per_head,
         token_order=token_order,
-        dense_layers=tuple(dense_layer or ()),
+        dense_layers=tuple(dense_layers or ()),
         dense_steps=dense_steps,
         capture_steps=capture_steps,
         denoising_steps=denoising_steps,

@@ -22,9 +22,9 @@ from sla_video.cli_options import (
     Record,
     TokenOrder,
     Width,
+    given_prompts,
 )
 from sla_video.console import print_videos
-from sla_video.pipelines.errors import InputError
 
 
 def generate(
@@ -156,15 +156,13 @@ def generate(
       torchrun --nproc_per_node 4 -m sla_video.cli generate --prompts FILE --seed 0 --resume
     """
     from sla_video.pipelines.generation import generate as generate_videos
-    from sla_video.pipelines.generation_request import GenerationRequest, read_prompts
+    from sla_video.pipelines.generation_request import GenerationRequest
     from sla_video.pipelines.processes import Team
     from sla_video.pipelines.progress import TerminalProgress
 
     with Team.join() as team:
-        if prompt and prompts is not None:
-            raise InputError("give prompts as arguments or with --prompts, not both")
         request = GenerationRequest(
-            prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
+            prompts=given_prompts(prompt, prompts),
             model=model,
             routers=routers,
             recipe=recipe,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sla_video.pipelines.errors import InputError
+
 Prompts = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Read the prompts from a text file, one a line."),
@@ -24,6 +26,30 @@ TokenOrder = Annotated[
     typer.Option(
         help="Order of the tokens that blocks are cut from: raster, hilbert, morton, tile:4,4,4 or "
         "axes:hwt.  [default: the routers', or raster]"
+    ),
+]
+DenseLayers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--dense-layer",
+        help="Layer that keeps full attention, -1 for the last; may be repeated.",
+    ),
+]
+DenoisingSteps = Annotated[
+    int | None,
+    typer.Option(help="Denoising steps.  [default: the model's own, at most 12; tiny-wan: 6]"),
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Weight of the prompt.  [default: the model's own]")
+]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What the videos should not show; needs guidance.")
+]
+CaptureMemory = Annotated[
+    float,
+    typer.Option(
+        help="GiB of host memory for captures; where it is short the pipeline runs again for each "
+        "group of layers."
     ),
 ]
 Frames = Annotated[
@@ -49,3 +75,16 @@ Device = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]")
 ]
+
+
+def given_prompts(prompt: list[str] | None, prompts: Path | None) -> tuple[str, ...]:
+    """Prompts that were given as arguments, or in a file.
+
+    Raises:
+        InputError: both, or a file that cannot be read.
+    """
+    from sla_video.pipelines.generation_request import read_prompts
+
+    if prompt and prompts is not None:
+        raise InputError("give prompts as arguments or with --prompts, not both")
+    return tuple(prompt or ()) if prompts is None else read_prompts(prompts)

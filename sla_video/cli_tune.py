@@ -8,17 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from sla_video.cli_options import (
+    CaptureMemory,
+    DenoisingSteps,
+    DenseLayers,
     DenseSteps,
     Device,
     Dtype,
     Frames,
+    GuidanceScale,
     Height,
     Model,
+    NegativePrompt,
     Offload,
     Prompts,
     Width,
+    given_prompts,
 )
-from sla_video.pipelines.errors import InputError
 
 
 def tune(
@@ -74,34 +79,18 @@ def tune(
             help="Stop after so long with the best so far; the same command goes on from there."
         ),
     ] = None,
-    dense_layer: Annotated[
-        list[int] | None,
-        typer.Option(help="Layer that keeps full attention, -1 for the last; may be repeated."),
-    ] = None,
+    dense_layers: DenseLayers = None,
     dense_steps: DenseSteps = None,
     capture_steps: Annotated[
         int, typer.Option(help="Denoising steps looked at of each prompt.")
     ] = 2,
-    denoising_steps: Annotated[
-        int | None,
-        typer.Option(help="Denoising steps.  [default: the model's own, at most 12; tiny-wan: 6]"),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Weight of the prompt.  [default: the model's own]")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the videos should not show; needs guidance.")
-    ] = None,
+    denoising_steps: DenoisingSteps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
-    memory: Annotated[
-        float,
-        typer.Option(
-            help="GiB of host memory for captures; where it is short the pipeline runs again for "
-            "each group of layers."
-        ),
-    ] = 8.0,
+    memory: CaptureMemory = 8.0,
     spill: Annotated[
         Path | None,
         typer.Option(
@@ -135,11 +124,8 @@ def tune(
     from sla_video.calibration.tune import tune as run
     from sla_video.calibration.tune_request import TuneRequest, state_of
     from sla_video.calibration.tuning_report import recipe_tables, summary
-    from sla_video.pipelines.generation_request import read_prompts
     from sla_video.pipelines.progress import TerminalProgress
 
-    if prompt and prompts is not None:
-        raise InputError("give prompts as arguments or with --prompts, not both")
     choices: dict[str, Any] = {"sparse_dtype": sparse_dtype}
     request = TuneRequest(
         out=out,
@@ -151,9 +137,9 @@ def tune(
         routers=routers,
         key_orders=key_orders,
         max_minutes=max_minutes,
-        prompts=tuple(prompt or ()) if prompts is None else read_prompts(prompts),
+        prompts=given_prompts(prompt, prompts),
         model=model,
-        dense_layers=tuple(dense_layer or ()),
+        dense_layers=tuple(dense_layers or ()),
         dense_steps=dense_steps,
         capture_steps=capture_steps,
         denoising_steps=denoising_steps,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from sla_video.config_checks import check_integer, check_number
+from sla_video.config_checks import check_fields, check_integer, check_number
 from sla_video.config_compression import TokenCompression
 
 SparseDtype = Literal["bf16", "int8", "int8_fp8", "int8_int8"]
@@ -211,14 +211,7 @@ class SLAConfig:
         Raises:
             TypeError, ValueError: a field is unknown, of the wrong type or out of range.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"the settings of SLA must be a mapping, got {values!r}")
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"unknown settings {', '.join(unknown)}; known ones are {', '.join(sorted(known))}"
-            )
+        check_fields(cls, values, "settings")
         fields = dict(values)
         layers = fields.get("layer_sparsity")
         if isinstance(layers, Mapping):

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def check_fields(kind: Any, values: object, what: str) -> None:
+    """Raise TypeError unless `values` are a mapping, ValueError unless a dataclass has its keys."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"the {what} must be a mapping, got {values!r}")
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown {what} {', '.join(unknown)}; known ones are {', '.join(sorted(known))}"
+        )
 
 
 def check_number(name: str, value: object, interval: str, within: Callable[[float], bool]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sla_video.config_checks import check_integer, check_number
+from sla_video.config_checks import check_fields, check_integer, check_number
 
 Mode = Literal["kv", "qkv"]
 Fill = Literal["prev", "neighbor", "linear", "zero"]
@@ -109,13 +109,5 @@ class TokenCompression:
         Raises:
             TypeError, ValueError: a field is unknown, of the wrong type or out of range.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"the settings of token compression must be a mapping, got {values!r}")
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"unknown settings of token compression {', '.join(unknown)}; known ones are "
-                f"{', '.join(sorted(known))}"
-            )
+        check_fields(cls, values, "settings of token compression")
         return cls(**values)

@@ -38,7 +38,7 @@ ALLOWED = {
     "cli_calibrate": {"pipelines", "calibration", "cli_options"},
     "cli_finetune": {"calibration"},
     "cli_generate": {"pipelines", "console", "cli_options"},
-    "cli_options": set(),
+    "cli_options": {"pipelines"},
     "cli_report": {"pipelines"},
     "cli_tune": {"pipelines", "calibration", "cli_options"},
     "__init__": {"kernels", "pipelines", "config", "config_compression"},
