@@ -129,12 +129,6 @@ def operator(dtype: torch.dtype, columns: int, sparse_dtype: Any, backward: bool
         block_q=128,
         block_k=64,
         sparse_dtype=sparse_dtype,
-        phi_k="smoothed",
-        selection="top_k",
-        top_p=0.9,
-        min_selected=1,
-        max_selected=None,
-        tau=0.1,
     )
     shape = (1, LENGTH, HEADS, columns)
     qkv = [torch.zeros(shape, dtype=dtype, requires_grad=backward) for _ in range(3)]

@@ -50,12 +50,6 @@ def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Ca
     options = Options(
         sparsity=sparsity,
         sparse_dtype=sparse_dtype,
-        phi_k="smoothed",
-        selection="top_k",
-        top_p=0.9,
-        min_selected=1,
-        max_selected=None,
-        tau=0.1,
         **blocks,
     )
 

@@ -27,22 +27,12 @@ _MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationRequest:
-    """Settings of `calibrate`. `None` means the model's own default.
+class CaptureRequest:
+    """How a dense model is run and looked at. `None` means the model's own default.
 
     Attributes:
-        out: folder of the routers; with several sparsities one folder for each is made in it.
         prompts: run with dense attention. Empty: for the embedded model some of its world.
         model: "tiny-wan", a local folder or a hub id.
-        sparsities: shares of the key blocks left to the linear branch; routers for each. Empty is
-            0.95, unless one of the next two is given.
-        mean_sparsity: choose each layer's sparsity so that they have this mean at the least error.
-        target_recall: choose each layer's sparsity, the highest with this mean recall.
-        steps: of the fit of each layer; 0 writes training-free routers.
-        trainable: "router+alpha", "router" or "alpha".
-        learning_rate: of the router.
-        tau: temperature of SoftTop-k at the end.
-        alpha, router_per_head, phi_k, token_order: as in `SLAConfig`.
         dense_layers: layers that keep the model's attention; -1 is the last.
         dense_steps: first denoising steps that keep it; they are not captured.
         capture_steps: calls captured of each prompt, spread over the denoising steps.
@@ -52,26 +42,14 @@ class CalibrationRequest:
         spill: keep captures in this folder instead, where an interrupted run goes on.
         seed: of noise and samples.
         device, dtype, offload: as in `generate`.
-        overwrite: replace routers that are there.
+        overwrite: replace what is there.
 
     Raises:
-        InputError: a setting out of range, or two that contradict each other.
+        InputError: a setting out of range.
     """
 
-    out: Path
     prompts: tuple[str, ...] = ()
     model: str = EMBEDDED_MODEL
-    sparsities: tuple[float, ...] = ()
-    mean_sparsity: float | None = None
-    target_recall: float | None = None
-    steps: int = 300
-    trainable: Trainable = "router+alpha"
-    learning_rate: float | None = None
-    tau: float | None = None
-    alpha: AlphaKind = "adaptive"
-    router_per_head: bool = False
-    phi_k: PhiKey = "smoothed"
-    token_order: str = "raster"
     dense_layers: tuple[int, ...] = ()
     dense_steps: int | None = None
     capture_steps: int = 4
@@ -96,6 +74,52 @@ class CalibrationRequest:
             raise InputError(
                 'no prompts given: a few of the kind the model is for, for instance "a cat surfing"'
             )
+        for name, low in (("capture_steps", 1), ("denoising_steps", 1)):
+            _check_whole(name, getattr(self, name), low)
+        for name, low in (("dense_steps", 0), ("frames", 1), ("height", 1), ("width", 1)):
+            _check_whole(name, getattr(self, name), low)
+        _check_whole("seed", self.seed, 0, _MAX_SEED - len(self.prompts))
+        _check_positive("memory", self.memory)
+        scale = self.guidance_scale
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise InputError(f"`guidance_scale` must be a number of at least 0, got {scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRequest(CaptureRequest):
+    """Settings of `calibrate`, besides those of the base. `None` means the model's own default.
+
+    Attributes:
+        out: folder of the routers; with several sparsities one folder for each is made in it.
+        sparsities: shares of the key blocks left to the linear branch; routers for each. Empty is
+            0.95, unless one of the next two is given.
+        mean_sparsity: choose each layer's sparsity so that they have this mean at the least error.
+        target_recall: choose each layer's sparsity, the highest with this mean recall.
+        steps: of the fit of each layer; 0 writes training-free routers.
+        trainable: "router+alpha", "router" or "alpha".
+        learning_rate: of the router.
+        tau: temperature of SoftTop-k at the end.
+        alpha, router_per_head, phi_k, token_order: as in `SLAConfig`.
+
+    Raises:
+        InputError: a setting out of range, or two that contradict each other.
+    """
+
+    out: Path
+    sparsities: tuple[float, ...] = ()
+    mean_sparsity: float | None = None
+    target_recall: float | None = None
+    steps: int = 300
+    trainable: Trainable = "router+alpha"
+    learning_rate: float | None = None
+    tau: float | None = None
+    alpha: AlphaKind = "adaptive"
+    router_per_head: bool = False
+    phi_k: PhiKey = "smoothed"
+    token_order: str = "raster"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         goals = {
             "sparsity": self.sparsities or None,
             "mean_sparsity": self.mean_sparsity,
@@ -116,18 +140,9 @@ class CalibrationRequest:
         _check_choice("alpha", self.alpha, get_args(AlphaKind))
         _check_choice("phi_k", self.phi_k, get_args(PhiKey))
         check_token_order(self.token_order)
-        for name, low in (("steps", 0), ("capture_steps", 1), ("denoising_steps", 1)):
-            _check_whole(name, getattr(self, name), low)
-        for name, low in (("dense_steps", 0), ("frames", 1), ("height", 1), ("width", 1)):
-            _check_whole(name, getattr(self, name), low)
-        _check_whole("seed", self.seed, 0, _MAX_SEED - len(self.prompts))
-        for name in ("learning_rate", "tau", "memory"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"`{name}` must be a positive number, got {value}")
-        scale = self.guidance_scale
-        if scale is not None and not (math.isfinite(scale) and scale >= 0):
-            raise InputError(f"`guidance_scale` must be a number of at least 0, got {scale}")
+        _check_whole("steps", self.steps, 0)
+        for name in ("learning_rate", "tau"):
+            _check_positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +260,11 @@ def _check_free(request: CalibrationRequest, folders: Sequence[Path]) -> None:
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise InputError(f"`{name}` must be a positive number, got {value}")
 
 
 def _check_whole(name: str, value: int | None, low: int, high: int | None = None) -> None:

@@ -5,6 +5,7 @@ Nothing in this file imports torch or diffusers: a bad setting is refused at onc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -14,29 +15,25 @@ from typing import Any, get_args
 from sla_video.calibration.calibration_request import (
     CalibrationPlan,
     CalibrationRequest,
+    CaptureRequest,
     plan_calibration,
 )
 from sla_video.config import SLAConfig, SparseDtype
 from sla_video.pipelines.errors import InputError
 from sla_video.pipelines.generation_request import NO_ROUTERS, check_token_order
-from sla_video.pipelines.model_source import EMBEDDED_MODEL
 
 DEFAULT_RECALL = 0.95
 # Static orders that are tried; the cheapest first, which wins where several are equal.
 TOKEN_ORDERS = ("raster", "tile:4,4,4", "tile:2,8,8", "hilbert", "morton", "axes:hwt")
 _GOALS = ("target_recall", "mean_sparsity", "seconds_per_step", "time_ratio")
-_CAPTURE_FIELDS = (
-    *("prompts", "model", "dense_layers", "dense_steps", "capture_steps", "denoising_steps"),
-    *("guidance_scale", "negative_prompt", "frames", "height", "width", "memory", "spill", "seed"),
-    *("device", "dtype", "offload"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneRequest:
-    """Settings of `tune`. `None` means the model's own default.
+class TuneRequest(CaptureRequest):
+    """Settings of `tune`, besides those of the base. `None` means the model's own default.
 
-    One goal of four; without any it is a `target_recall` of 0.95.
+    One goal of four; without any it is a `target_recall` of 0.95. The calls of the last of several
+    prompts judge. With `overwrite` it begins anew.
 
     Attributes:
         out: the recipe, a JSON file.
@@ -50,10 +47,6 @@ class TuneRequest:
         key_orders: whether heads may get an order of their keys.
         sparse_dtype: of the recipe, as in `SLAConfig`.
         max_minutes: when to stop with the best so far; None for no end.
-        prompts, model, dense_layers, dense_steps, capture_steps, denoising_steps, guidance_scale,
-            negative_prompt, frames, height, width, memory, spill, seed, device, dtype, offload: as
-            in `CalibrationRequest`. The calls of the last of several prompts judge.
-        overwrite: replace a recipe that exists, and begin anew.
 
     Raises:
         InputError: a setting out of range, or two that contradict each other.
@@ -69,26 +62,10 @@ class TuneRequest:
     key_orders: bool = True
     sparse_dtype: SparseDtype = "bf16"
     max_minutes: float | None = None
-    prompts: tuple[str, ...] = ()
-    model: str = EMBEDDED_MODEL
-    dense_layers: tuple[int, ...] = ()
-    dense_steps: int | None = None
     capture_steps: int = 2
-    denoising_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    memory: float = 8.0
-    spill: Path | None = None
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    offload: bool = False
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in _GOALS if getattr(self, name) is not None]
         if len(given) > 1:
             names = " and ".join(f"`{name}`" for name in given)
@@ -111,7 +88,6 @@ class TuneRequest:
             raise InputError(f"`sparse_dtype` must be one of {choices}, got {self.sparse_dtype!r}")
         if self.routers == NO_ROUTERS:
             object.__setattr__(self, "routers", None)
-        _ = self.captures
 
     @property
     def goal(self) -> tuple[str, float]:
@@ -121,8 +97,10 @@ class TuneRequest:
     @property
     def captures(self) -> CalibrationRequest:
         """How the model is run and looked at."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in _CAPTURE_FIELDS}
-        return CalibrationRequest(out=self.out, **fields)
+        shared: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in dataclasses.fields(CaptureRequest)
+        }
+        return CalibrationRequest(out=self.out, **shared)
 
 
 @dataclass(frozen=True, kw_only=True)

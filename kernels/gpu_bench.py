@@ -289,15 +289,4 @@ def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDty
 
 
 def _options(sparsity: float, sparse_dtype: SparseDtype) -> Options:
-    return Options(
-        sparsity=sparsity,
-        block_q=BLOCK_Q,
-        block_k=BLOCK_K,
-        sparse_dtype=sparse_dtype,
-        phi_k="smoothed",
-        selection="top_k",
-        top_p=0.9,
-        min_selected=1,
-        max_selected=None,
-        tau=0.1,
-    )
+    return Options(sparsity=sparsity, block_q=BLOCK_Q, block_k=BLOCK_K, sparse_dtype=sparse_dtype)

@@ -12,7 +12,7 @@ Selection = Literal["top_k", "top_p", "soft_top_k"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Arguments of `sla2_attention` that are not tensors; see there for their meaning.
+    """Arguments of `sla2_attention` that are not tensors, with its defaults; see there.
 
     Attributes:
         overwrite_query: nobody reads the query after the call, and it shares no memory with key
@@ -23,16 +23,16 @@ class Options:
         ValueError: an option out of range, or not one of the choices.
     """
 
-    sparsity: float
-    block_q: int
-    block_k: int
-    sparse_dtype: SparseDtype
-    phi_k: PhiK
-    selection: Selection
-    top_p: float
-    min_selected: int
-    max_selected: int | None
-    tau: float
+    sparsity: float = 0.95
+    block_q: int = 128
+    block_k: int = 64
+    sparse_dtype: SparseDtype = "bf16"
+    phi_k: PhiK = "smoothed"
+    selection: Selection = "top_k"
+    top_p: float = 0.9
+    min_selected: int = 1
+    max_selected: int | None = None
+    tau: float = 0.1
     overwrite_query: bool = False
 
     def __post_init__(self) -> None:

@@ -7,21 +7,13 @@ output it writes, and no other reads them.
 
 from __future__ import annotations
 
-from dataclasses import fields
-from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
-from sla_video.kernels.api import Implementation, attend, sla2_attention
+from sla_video.kernels.api import Implementation, attend
 from sla_video.kernels.options import Options
 from sla_video.kernels.router import Router
-
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in signature(sla2_attention).parameters.items()
-    if name in {field.name for field in fields(Options)}
-}
 
 
 def attention_over_query(
@@ -46,7 +38,7 @@ def attention_over_query(
     Raises:
         TypeError, ValueError: as `sla2_attention` does.
     """
-    chosen = Options(**{**_DEFAULTS, **options}, overwrite_query=True)
+    chosen = Options(**options, overwrite_query=True)
     output = attend(query, key, value, router, chosen, impl, return_lse=False)
     assert isinstance(output, Tensor)
     return output

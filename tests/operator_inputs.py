@@ -52,19 +52,7 @@ def fixed_alpha_router(alpha_logit, heads, head_dim, dtype=torch.float64):
 
 def options(**changes):
     """Options of a small operator, some of them changed."""
-    values = {
-        "sparsity": 0.7,
-        "block_q": 16,
-        "block_k": 8,
-        "sparse_dtype": "bf16",
-        "phi_k": "smoothed",
-        "selection": "top_k",
-        "top_p": 0.9,
-        "min_selected": 1,
-        "max_selected": None,
-        "tau": 0.1,
-    }
-    return Options(**(values | changes))
+    return Options(**{"sparsity": 0.7, "block_q": 16, "block_k": 8, **changes})
 
 
 def dense_attention(query, key, value, mask=None):

@@ -5,6 +5,9 @@ Letters: B batch, H heads, L tokens, D head dimension.
 
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import signature
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from triton_cases import DEVICE, SMALL, inputs, needs_triton
 from sla_video.config import SLAConfig
 from sla_video.kernels import triton_forward, triton_in_place, triton_rotary
 from sla_video.kernels.api import sla2_attention
+from sla_video.kernels.options import Options
 from sla_video.kernels.over_query import attention_over_query
 from sla_video.kernels.router import Router
 from sla_video.kernels.triton_impl import sla2_triton
@@ -201,3 +205,10 @@ def test_compilers_make_no_copy_of_the_query(memory, fused):
     torch.testing.assert_close(compiled(hidden, None, None, tables), eager)
     assert memory["attended"] and memory["attended"] == memory["rotated"]
     torch._dynamo.reset()
+
+
+def test_options_have_the_defaults_of_the_operator():
+    of_operator = signature(sla2_attention).parameters
+    for field in fields(Options):
+        if field.name != "overwrite_query":
+            assert field.default == of_operator[field.name].default
