@@ -63,8 +63,7 @@ def calibrate(
     progress = progress or NoProgress()
     plan = plan_calibration(request)
     clock = _Clock()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(OutputFolder(request.out.expanduser()))
+    with OutputFolder(request.out.expanduser()), contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         model = load_model(request, plan, progress)
         clock.lap("load")

@@ -106,9 +106,8 @@ def generate(
         yield _describe(video, {})
     if not plan.videos:
         return
-    with ExitStack() as stack:
-        for folder in sorted({video.path.parent for video in plan.videos}):
-            stack.enter_context(OutputFolder(folder, shared=team.size > 1))
+    folders = sorted({video.path.parent for video in plan.videos})
+    with OutputFolder(*folders, shared=team.size > 1), ExitStack() as stack:
         stack.callback(progress.close)
         loaded = _load(request, plan, team, progress)
         for index, video in enumerate(plan.videos):

@@ -5,6 +5,7 @@ Frames are `[F, H, W, 3]` uint8 arrays in RGB.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -107,48 +108,53 @@ def recording_of(path: Path) -> Path:
 
 
 class OutputFolder:
-    """A folder that is known to be writable before hours are spent on what goes into it.
+    """Folders that are known to be writable before hours are spent on what goes into them.
 
-    Entering makes it, its parents included; leaving removes what was made and stayed empty.
+    Entering makes them, their parents included; leaving removes what was made and stayed empty.
+    Enter by `with`: between `ExitStack.enter_context` and what it registers, an interruption would
+    leave a folder behind.
 
     Args:
         shared: other processes may be about to write there: nothing is removed.
 
     Raises:
-        InputError: on entering, when it cannot be made or written to.
+        InputError: on entering, when one cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, *, shared: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, *folders: Path, shared: bool = False) -> None:
+        self.folders = folders
         self._shared = shared
         self._made: list[Path] = []
 
     def __enter__(self) -> OutputFolder:
-        missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         try:
-            for path in reversed(missing):
-                path.mkdir(exist_ok=True)
-                self._made.append(path)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-        except OSError as error:
-            self.__exit__()
-            raise InputError(
-                f"cannot write to {self.folder}: {error.strerror or error}; give another --out"
-            ) from error
-        except BaseException:  # an interruption before the `with` block is entered
+            for folder in self.folders:
+                self._make(folder)
+        except BaseException:  # an interruption too
             self.__exit__()
             raise
         return self
+
+    def _make(self, folder: Path) -> None:
+        missing = [p for p in (folder, *folder.parents) if not p.exists()]
+        try:
+            for path in reversed(missing):
+                # Noted first: an interruption right after `mkdir` has to find it.
+                self._made.append(path)
+                path.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {folder}: {error.strerror or error}; give another --out"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         if self._shared:
             return
         for path in reversed(self._made):
-            try:
+            with contextlib.suppress(OSError):  # it holds results now, or never came to be
                 path.rmdir()
-            except OSError:  # it holds results now
-                return
 
 
 def check_video_writer() -> None:

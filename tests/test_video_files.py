@@ -81,6 +81,25 @@ def test_output_folder_is_removed_if_nothing_came(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_output_folder_is_removed_when_interrupted_right_after_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def interrupted(path: Path, **options: Any) -> None:
+        make(path, **options)
+        if path.name == "c":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        OutputFolder(tmp_path / "a" / "b", tmp_path / "a" / "c"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_output_folder_stays_if_something_came(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "video").touch()
