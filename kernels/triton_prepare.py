@@ -3,6 +3,7 @@
 Writes what the sparse and the linear branch take of each key block n:
 
     low_keys[n]     = round(Ks[n] / s_n)          INT8, one scale s_n = max|Ks[n]| / 127 per block
+    key_norm[n]     = max_j |Ks[j]| over block n  where logits are to be bounded (`triton_bounded`)
     low_values[n]   = V[n]^T / s_d                FP8 E4M3 or INT8, one scale per channel
     states[n]       = phi(Ks[n])^T V[n]           or of K[n]; phi is softmax over D. Of float16
                                                   V[n] / max|V| is taken, which cannot overflow
@@ -51,6 +52,7 @@ class KeyOperands(NamedTuple):
 
     Attributes:
         low_keys, key_scale: INT8 `[B, H, N, block_k, P]` and its scales `[B, H, N]`.
+        key_norm: `[B, H, N]` float32, largest norm of a smoothed key of the block.
         low_values, value_scale: FP8 or INT8 `[B, H, N, P, block_k]`, keys in `matrix_order`, and
             its scales `[B, H, P]`.
         states: `[B, H, N, P + 1, P]` in the dtype of V, then blocks of zeros to a multiple of 16.
@@ -59,6 +61,7 @@ class KeyOperands(NamedTuple):
 
     low_keys: Tensor | None = None
     key_scale: Tensor | None = None
+    key_norm: Tensor | None = None
     low_values: Tensor | None = None
     value_scale: Tensor | None = None
     states: Tensor | None = None
@@ -83,6 +86,7 @@ def _prepare_keys_kernel(
     value_max_ptr,
     low_keys_ptr,
     key_scale_ptr,
+    key_norm_ptr,
     low_values_ptr,
     value_scale_ptr,
     states_ptr,
@@ -158,6 +162,9 @@ def _prepare_keys_kernel(
             key = tl.load(key_block_ptr).to(tl.float32)
 
         smooth = key - mean[None, :]
+        if key_norm_ptr is not None:
+            square = tl.max(tl.sum(smooth * smooth, 1))
+            tl.store(key_norm_ptr + block, tl.sqrt(square))
         if SPARSE_DTYPE != "bf16":
             key_scale = quantization_scale(tl.max(tl.abs(smooth)), 127.0)
             tl.store(key_scale_ptr + block, key_scale)
@@ -224,6 +231,7 @@ def prepare_keys(
     sparse_dtype: SparseDtype,
     phi_k: PhiK,
     need_states: bool,
+    need_key_norm: bool = False,
     places: Tensor | None = None,
 ) -> KeyOperands:
     """Pass 2 over key, value `[B, L, H, D]`, each contiguous along D.
@@ -231,11 +239,12 @@ def prepare_keys(
     Args:
         key_mean, value_max: of `block_statistics`; value_max for a low-bit P V and for float16.
         need_states: whether a linear branch will follow.
+        need_key_norm: whether logits are to be bounded.
         places: `[B, H, L]` int32 of a `KeyOrder`.
     """
     low_keys = sparse_dtype != "bf16"
     low_values = sparse_dtype in ("int8_fp8", "int8_int8")
-    if not (low_keys or need_states):
+    if not (low_keys or need_states or need_key_norm):
         return KeyOperands()
     batch, length, heads, head_dim = key.shape
     num_k, pad = num_blocks(length, block_k), padded_dim(head_dim)
@@ -250,6 +259,7 @@ def prepare_keys(
     operands = KeyOperands(
         low_keys=buffer(low_keys, torch.int8, num_k, block_k, pad),
         key_scale=buffer(low_keys, torch.float32, num_k),
+        key_norm=buffer(need_key_norm, torch.float32, num_k),
         low_values=buffer(low_values, low_dtype, num_k, pad, block_k),
         value_scale=buffer(low_values, torch.float32, pad),
         states=buffer(need_states, value.dtype, padded_row(num_k), pad + 1, pad),
@@ -272,6 +282,7 @@ def prepare_keys(
             value_max if need_max else None,
             operands.low_keys,
             operands.key_scale,
+            operands.key_norm,
             operands.low_values,
             operands.value_scale,
             operands.states,
