@@ -182,8 +182,6 @@ def wants_norms(query: Tensor, options: Options) -> bool:
     """
     if options.sparse_dtype != "int8" or options.selection == "soft_top_k":
         return False
-    if query.dtype == torch.float16:
-        return False
     # Not of the head dimension itself, which is a symbol where a compiler takes sizes for dynamic.
     head_dim = query.shape[-1]
     columns = 32 if head_dim <= 32 else 64 if head_dim <= 64 else 128

@@ -78,6 +78,11 @@ def _transposed(x, BLOCK_K: tl.constexpr, D_PAD: tl.constexpr):
     return tl.reshape(x, (D_PAD, BLOCK_K))
 
 
+@triton.jit
+def _larger(x, y, other_x, other_y):
+    return tl.maximum(x, other_x), tl.maximum(y, other_y)
+
+
 @triton.jit(do_not_specialize=["heads", "length", "num_k", "state_blocks", "run"])
 def _prepare_keys_kernel(
     key_ptr,
@@ -162,11 +167,16 @@ def _prepare_keys_kernel(
             key = tl.load(key_block_ptr).to(tl.float32)
 
         smooth = key - mean[None, :]
-        if key_norm_ptr is not None:
-            square = tl.max(tl.sum(smooth * smooth, 1))
-            tl.store(key_norm_ptr + block, tl.sqrt(square))
         if SPARSE_DTYPE != "bf16":
-            key_scale = quantization_scale(tl.max(tl.abs(smooth)), 127.0)
+            if key_norm_ptr is None:
+                largest_key = tl.max(tl.abs(smooth))
+            else:
+                # Both at once: threads wait for each other as often as for one.
+                largest_key, square = tl.reduce(
+                    (tl.max(tl.abs(smooth), 1), tl.sum(smooth * smooth, 1)), 0, _larger
+                )
+                tl.store(key_norm_ptr + block, tl.sqrt(square))
+            key_scale = quantization_scale(largest_key, 127.0)
             tl.store(key_scale_ptr + block, key_scale)
             factor = tl.where(exists, 1.0 / key_scale, 0.0)
             tl.store(low_keys_ptr + first + tile, round_to_int8(smooth * factor[:, None]))
@@ -239,12 +249,12 @@ def prepare_keys(
     Args:
         key_mean, value_max: of `block_statistics`; value_max for a low-bit P V and for float16.
         need_states: whether a linear branch will follow.
-        need_key_norm: whether logits are to be bounded.
+        need_key_norm: whether logits are to be bounded; of low-bit keys only.
         places: `[B, H, L]` int32 of a `KeyOrder`.
     """
     low_keys = sparse_dtype != "bf16"
     low_values = sparse_dtype in ("int8_fp8", "int8_int8")
-    if not (low_keys or need_states or need_key_norm):
+    if not (low_keys or need_states):
         return KeyOperands()
     batch, length, heads, head_dim = key.shape
     num_k, pad = num_blocks(length, block_k), padded_dim(head_dim)
@@ -259,7 +269,7 @@ def prepare_keys(
     operands = KeyOperands(
         low_keys=buffer(low_keys, torch.int8, num_k, block_k, pad),
         key_scale=buffer(low_keys, torch.float32, num_k),
-        key_norm=buffer(need_key_norm, torch.float32, num_k),
+        key_norm=buffer(low_keys and need_key_norm, torch.float32, num_k),
         low_values=buffer(low_values, low_dtype, num_k, pad, block_k),
         value_scale=buffer(low_values, torch.float32, pad),
         states=buffer(need_states, value.dtype, padded_row(num_k), pad + 1, pad),

@@ -114,13 +114,13 @@ def _block_statistics_kernel(
             total += query
             if low_query_ptr is not None:
                 peak = tl.maximum(peak, tl.abs(query))
-            if query_norm_ptr is not None:
-                square = tl.maximum(square, tl.sum(query * query, 1))
+                if query_norm_ptr is not None:
+                    square = tl.maximum(square, tl.sum(query * query, 1))
         mean = tl.sum(total, 0) / tl.minimum(rows, BLOCK_Q)
         tl.store(query_means_ptr + row * D + offs_d, mean, mask=offs_d < D)
-        if query_norm_ptr is not None:
-            tl.store(query_norm_ptr + row, tl.sqrt(tl.max(square)))
         if low_query_ptr is not None:
+            if query_norm_ptr is not None:
+                tl.store(query_norm_ptr + row, tl.sqrt(tl.max(square)))
             scale = quantization_scale(tl.max(peak), 127.0)
             tl.store(query_scale_ptr + row, scale)
             low_base_ptr = low_query_ptr + row * (BLOCK_Q * D_PAD)
@@ -299,8 +299,10 @@ def block_statistics(
 ) -> BlockStatistics:
     """Pass 1 over query, key (and value) `[B, L, H, D]`, each contiguous along D.
 
+    `need_query_norm`: with low_query only.
     `places`: `[B, H, L]` int32, contiguous, of a `KeyOrder`.
     """
+    assert need_low_query or not need_query_norm, "norms are for low-bit logits"
     query_means, key_means, key_mean, value_max, *of_query = _block_statistics(
         query.detach(),
         key.detach(),
