@@ -3,9 +3,11 @@
     python benchmarks/compile_check.py
     python benchmarks/compile_check.py --capability 9.0 --columns 128 --formats int8 --backward
 
-One line for each kernel that was compiled: shared memory of a program, and registers and bytes of
-stack of a thread where CUDA's `cuobjdump` is found. The exit code is 1 if one does not compile or
-needs more shared memory than a program may have.
+One line for each kernel that was compiled: shared memory of a program, and where CUDA's tools are
+found, registers and bytes of stack of a thread, and of its longest inner loop with matrix products
+how many instructions it has, how often it waits for such products, and how often it reads or writes
+what registers could not hold. The exit code is 1 if one does not compile or needs more memory
+than a program may have.
 """
 
 from __future__ import annotations
@@ -107,19 +109,62 @@ class Compiled:
         return found
 
 
-def resources(compiled: Any) -> str:
-    """Registers and stack, as cuobjdump says."""
-    beside = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    program = str(beside) if beside.is_file() else shutil.which("cuobjdump")
+def tool(name: str) -> str | None:
+    """A program of CUDA: the one that came with Triton, or the one that is installed."""
+    beside = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def said_of(compiled: Any, name: str, *options: str) -> str:
+    """What a program of CUDA says of machine code; nothing without the program."""
+    program = tool(name)
     if program is None:
         return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [program, "--dump-resource-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    return f" registers {found[1]} stack {found[2]}" if found else ""
+        command = [program, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def resources(compiled: Any) -> str:
+    """Registers and stack, and what the inner loop is made of."""
+    found = re.search(
+        r"REG:(\d+) STACK:(\d+)", said_of(compiled, "cuobjdump", "--dump-resource-usage")
+    )
+    words = f" registers {found[1]} stack {found[2]}" if found else ""
+    loop = inner_loop(said_of(compiled, "nvdisasm", "-c"))
+    if loop:
+        waits, spills = (
+            sum(bool(re.search(pattern, line)) for line in loop)
+            for pattern in (r"WARPGROUP\.DEPBAR", r"\b(LDL|STL)\b")
+        )
+        words += f" loop {len(loop)} waits {waits} spills {spills}"
+    return words
+
+
+def inner_loop(assembly: str) -> list[str]:
+    """Instructions of the longest loop that has matrix products and no loop with such in it."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(\S.*)", line):
+            lines.append(instruction[1])
+            # Back to what was there before, not to itself, as at the end of a program.
+            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
+            start = labels.get(target[1], len(lines)) if target else len(lines)
+            if any("MMA." in x for x in lines[start:]):
+                loops.append((start, len(lines)))
+    inner = [
+        (start, end)
+        for start, end in loops
+        if not any((start, end) != x and start <= x[0] and x[1] <= end for x in loops)
+    ]
+    start, end = max(inner, key=lambda x: x[1] - x[0], default=(0, 0))
+    return lines[start:end]
 
 
 def operator(dtype: torch.dtype, columns: int, sparse_dtype: Any, backward: bool) -> None:

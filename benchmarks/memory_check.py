@@ -87,6 +87,23 @@ def run_operator(
     return [out, lse, *gradients]
 
 
+def run_bounded(inputs: Inputs, head_dim: int) -> list[Tensor]:
+    """INT8 keys without a running maximum; every other sequence has logits beyond the bound."""
+    from sla_video.kernels.api import sla2_attention
+    from sla_video.kernels.launch_choice import LaunchCase, trying
+    from sla_video.kernels.launch_lists import LaunchConfig
+
+    query, key, value = (inputs.within(333, head_dim, torch.bfloat16) for _ in range(3))
+    query[1] *= 1000
+    columns = 64 if head_dim <= 64 else 128
+    case = LaunchCase("attend", "int8", query.device, query.dtype, columns, 128, 64)
+    with trying({case: LaunchConfig(8, 2, bounded=True)}):
+        out: Any = sla2_attention(
+            query, key, value, sparsity=0.6, sparse_dtype="int8", impl="triton"
+        )
+    return [out]
+
+
 @torch.no_grad()
 def run_context(
     inputs: Inputs, dtype: torch.dtype, head_dim: int, tokens: int, masked: bool
@@ -149,6 +166,8 @@ def cases(inputs: Inputs) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
     ):
         run = partial(run_norm_rotate, inputs, dtype, heads, head_dim, table_dtype)
         yield f"{dtype} {heads} x {head_dim} norm_rotate", run
+    for head_dim in (40, 128):
+        yield f"int8 {head_dim} without a running maximum", partial(run_bounded, inputs, head_dim)
 
 
 def main() -> None:

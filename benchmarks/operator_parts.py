@@ -2,7 +2,10 @@
 
     python benchmarks/operator_parts.py --json parts.json
     python benchmarks/operator_parts.py --shapes 7168x4x64 --sparsities 0.9 --backward
+    python benchmarks/operator_parts.py --formats int8 --launches --json launches.json
 
+The last takes every launch of the attention kernel's list in turn, those without a running maximum
+too, and checks each at the size that is timed against the sampled reference in float64.
 A correctness check comes first: nothing is timed that disagrees with `impl="torch"`. Times are
 medians in milliseconds. On a machine without a GPU `--dry-run` runs everything once at a toy size.
 """
@@ -40,6 +43,7 @@ def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Ca
     from sla_video.kernels.api import sla2_attention
     from sla_video.kernels.options import Options
     from sla_video.kernels.triton_attend import attend
+    from sla_video.kernels.triton_bounded import wants_norms
     from sla_video.kernels.triton_linear import sum_dropped_states
     from sla_video.kernels.triton_prepare import prepare_keys
     from sla_video.kernels.triton_routing import plan_blocks
@@ -52,6 +56,7 @@ def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Ca
         sparse_dtype=sparse_dtype,
         **blocks,
     )
+    need_norms = wants_norms(query, options)
 
     def statistics() -> Any:
         return block_statistics(
@@ -60,6 +65,7 @@ def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Ca
             value,
             need_value_max=sparse_dtype == "int8_fp8",
             need_low_query=sparse_dtype != "bf16",
+            need_query_norm=need_norms,
             **blocks,
         )
 
@@ -81,6 +87,7 @@ def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Ca
             sparse_dtype=sparse_dtype,
             phi_k="smoothed",
             need_states=True,
+            need_key_norm=need_norms,
         )
 
     operands = prepare()
@@ -105,6 +112,7 @@ def parts(qkv: list[Tensor], sparsity: float, sparse_dtype: Any) -> dict[str, Ca
             sparse_dtype=sparse_dtype,
             low_query=found.low_query,
             query_scale=found.query_scale,
+            query_norm=found.query_norm,
             **blocks,
         )
 
@@ -148,6 +156,57 @@ def check(device: str, dtype: torch.dtype, sparse_dtype: Any) -> float:
     return error
 
 
+def launch_rows(
+    qkv: list[Tensor], sparsity: float, sparse_dtype: Any, dry: bool
+) -> list[dict[str, Any]]:
+    """Each launch of the kernel of both branches: its error, that kernel and the whole operator.
+
+    Replayed from CUDA graphs in turns, so that neither clocks nor late launches count.
+    """
+    from sla_video.kernels.gpu_bench import check_error
+    from sla_video.kernels.gpu_timing import time_runs
+    from sla_video.kernels.launch_choice import LaunchCase, trying
+
+    x = qkv[0]
+    case = LaunchCase("attend", sparse_dtype, x.device, x.dtype, x.shape[-1], 128, 64)
+    configs = list(case.candidates())
+    if dry and sparse_dtype == "int8":
+        configs.append(configs[0]._replace(bounded=True))
+    errors, runs = [], {}
+    for i, config in enumerate(configs):
+        with trying({case: config}), torch.no_grad():
+            errors.append(check_error(qkv, sparsity, sparse_dtype))
+            for name, run in parts(qkv, sparsity, sparse_dtype).items():
+                if name in ("sparse+mix", "whole"):
+                    runs[f"{name} {i}", sparsity] = run if dry else captured(run)
+    if dry:
+        times = {name: 0.0 for name, _ in runs}
+    else:
+        rows = time_runs(runs, "forward", x.device)
+        times = {row.attention: row.milliseconds or 0.0 for row in rows}
+    return [
+        {
+            "sparse_dtype": sparse_dtype,
+            "sparsity": sparsity,
+            **config._asdict(),
+            "error": error,
+            "sparse+mix": times[f"sparse+mix {i}"],
+            "whole": times[f"whole {i}"],
+        }
+        for i, (config, error) in enumerate(zip(configs, errors, strict=True))
+    ]
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def time_of(run: Callable[[], Any], dry: bool) -> float:
     """Median milliseconds; 0 in a dry run."""
     if dry:
@@ -158,12 +217,20 @@ def time_of(run: Callable[[], Any], dry: bool) -> float:
     return float(do_bench(run, warmup=50, rep=200, return_mode="median"))
 
 
+def write(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(report, indent=1))
+        os.replace(part, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens x heads x head dim")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.97, 0.95, 0.9])
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int8_fp8"])
     parser.add_argument("--backward", action="store_true", help="time the backward pass, too")
+    parser.add_argument("--launches", action="store_true", help="times of every launch instead")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="once, at a toy size, on the CPU")
     args = parser.parse_args()
@@ -195,6 +262,12 @@ def main() -> None:
             )
         for sparse_dtype in args.formats:
             for sparsity in args.sparsities:
+                if args.launches:
+                    for row in launch_rows(qkv, sparsity, sparse_dtype, dry):
+                        report["rows"].append({"shape": text, **row})
+                        print(text, *(f"{name}={value}" for name, value in row.items()), flush=True)
+                    write(report, args.json)
+                    continue
                 runs = parts(qkv, sparsity, sparse_dtype)
                 if args.backward:
                     runs["backward"] = backward(qkv, sparsity, sparse_dtype)
@@ -204,10 +277,7 @@ def main() -> None:
                 report["rows"].append({**row, **times, "speedup": ratio})
                 line = " ".join(f"{name} {ms:.3f}" for name, ms in times.items())
                 print(f"{text} {sparse_dtype} {sparsity}: {line} -> {ratio:.2f}x", flush=True)
-                if args.json:
-                    part = args.json.with_name(args.json.name + ".part")
-                    part.write_text(json.dumps(report, indent=1))
-                    os.replace(part, args.json)
+                write(report, args.json)
 
 
 if __name__ == "__main__":

@@ -238,11 +238,14 @@ def time_growth(
 def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDtype) -> Run:
     """The kernel of the sparse branch on operands that are ready."""
     from sla_video.kernels.triton_attend import attend
+    from sla_video.kernels.triton_bounded import wants_norms
     from sla_video.kernels.triton_prepare import prepare_keys
     from sla_video.kernels.triton_routing import plan_blocks
     from sla_video.kernels.triton_statistics import block_statistics
 
     query, key, value = qkv
+    options = _options(sparsity, sparse_dtype)
+    need_norms = wants_norms(query, options)
     statistics = block_statistics(
         query,
         key,
@@ -251,9 +254,9 @@ def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDty
         block_k=BLOCK_K,
         need_value_max=sparse_dtype in ("int8_fp8", "int8_int8"),
         need_low_query=sparse_dtype != "bf16",
+        need_query_norm=need_norms,
     )
     means = (statistics.query_means, statistics.key_means, statistics.key_mean)
-    options = _options(sparsity, sparse_dtype)
     plan = plan_blocks(*means, query.shape[1], None, options, value.dtype)
     operands = prepare_keys(
         key,
@@ -264,6 +267,7 @@ def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDty
         sparse_dtype=sparse_dtype,
         phi_k="smoothed",
         need_states=False,
+        need_key_norm=need_norms,
     )
     out = torch.empty_like(query)
 
@@ -282,6 +286,7 @@ def sparse_alone(qkv: Sequence[Tensor], sparsity: float, sparse_dtype: SparseDty
             sparse_dtype=sparse_dtype,
             low_query=statistics.low_query,
             query_scale=statistics.query_scale,
+            query_norm=statistics.query_norm,
         )
         return out
 

@@ -7,7 +7,7 @@ whenever an argument in its key changes; its results are not compared with one a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -49,7 +49,9 @@ class LaunchCase(NamedTuple):
         if self.dtype.itemsize > 2:
             width = "float32"
         of = generation(capability(self.device))
-        return launch_list(self.kernel, self.variant, width, of)
+        found = launch_list(self.kernel, self.variant, width, of)
+        # What has no bound in float16 is no choice there.
+        return tuple(x for x in found if not x.bounded or self.dtype != torch.float16)
 
 
 _chosen: dict[LaunchCase, LaunchConfig] = {}
@@ -62,7 +64,25 @@ def launch_config(
 ) -> LaunchConfig:
     """How to launch a kernel on tensors like x `[B, L, H, D]`."""
     columns = padded_dim(x.shape[-1])
-    case = LaunchCase(kernel, variant, x.device, x.dtype, columns, block_q, block_k)
+    return _choose(LaunchCase(kernel, variant, x.device, x.dtype, columns, block_q, block_k))
+
+
+def _attend_is_bounded(
+    device: torch.device, dtype: torch.dtype, columns: int, block_q: int, block_k: int
+) -> bool:
+    """Whether the kernel of both branches has a launch for bounded logits here, with INT8 keys.
+
+    Needed before anything is launched, where compilers look on: they take it for a constant.
+    """
+    return _choose(LaunchCase("attend", "int8", device, dtype, columns, block_q, block_k)).bounded
+
+
+attend_is_bounded: Callable[[torch.device, torch.dtype, int, int, int], bool] = (
+    torch.compiler.assume_constant_result(_attend_is_bounded)
+)
+
+
+def _choose(case: LaunchCase) -> LaunchConfig:
     choices = _chosen if _tried is None else _tried
     found = choices.get(case)
     if found is None:

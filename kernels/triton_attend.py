@@ -14,6 +14,7 @@ capability 8.0; FP8 8.9.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from sla_video.kernels.launch_choice import launch_config
 from sla_video.kernels.options import SparseDtype
 from sla_video.kernels.routing import num_blocks
+from sla_video.kernels.triton_bounded import beyond_bound, bounded_rows
 from sla_video.kernels.triton_linear import linear_rows
 from sla_video.kernels.triton_prepare import KeyOperands
 from sla_video.kernels.triton_sparse import sparse_rows
@@ -55,6 +57,7 @@ def _attend_kernel(
     out_ptr,
     lse_ptr,
     places_ptr,
+    beyond_ptr,
     stride_qb,
     stride_ql,
     stride_qh,
@@ -82,8 +85,12 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
     SPARSE_DTYPE: tl.constexpr,
     HALVES: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """O_s goes to `sparse_ptr` too, if given. Without sums of states there is nothing to mix.
+
+    With `beyond_ptr` there are two launches: BOUNDED for query blocks whose logits are bounded, and
+    one for the others.
 
     `out_ptr` may be `query_ptr`: no other program reads this block of queries. But warps may hold
     other rows as they load than as they store, so stores wait for the loads of all.
@@ -93,6 +100,13 @@ def _attend_kernel(
     b = (bh // heads).to(tl.int64)
     h = bh % heads
     row = bh.to(tl.int64) * num_q + m
+    if beyond_ptr is not None:
+        if BOUNDED:
+            if tl.load(beyond_ptr + row) != 0:
+                return
+        else:
+            if tl.load(beyond_ptr + row) == 0:
+                return
     first_block = bh.to(tl.int64) * num_k
     start_q = m.to(tl.int64) * BLOCK_Q
     rows_q = length - m * BLOCK_Q
@@ -108,37 +122,64 @@ def _attend_kernel(
         bias_row_ptr = bias_ptr + row * num_k
     # Without a way around the loop, its matrix products need not wait for each other.
     tl.assume(count > 0)
-    out, lse = sparse_rows(
-        query_block_ptr,
-        key_head_ptr,
-        value_head_ptr,
-        low_query_ptr,
-        query_scale_ptr,
-        low_keys_ptr,
-        key_scale_ptr,
-        low_values_ptr,
-        value_scale_ptr,
-        key_mean_ptr,
-        indices_row_ptr,
-        bias_row_ptr,
-        places_ptr,
-        stride_ql,
-        stride_kl,
-        stride_vl,
-        bh,
-        row,
-        first_block,
-        rows_q,
-        length,
-        count,
-        scale,
-        D,
-        D_PAD,
-        BLOCK_Q,
-        BLOCK_K,
-        SPARSE_DTYPE,
-        lse_ptr is not None,
-    )
+    if BOUNDED:
+        out, lse = bounded_rows(
+            query_block_ptr,
+            value_head_ptr,
+            low_query_ptr,
+            query_scale_ptr,
+            low_keys_ptr,
+            key_scale_ptr,
+            key_mean_ptr,
+            indices_row_ptr,
+            places_ptr,
+            stride_ql,
+            stride_vl,
+            bh,
+            row,
+            first_block,
+            rows_q,
+            length,
+            count,
+            scale,
+            D,
+            D_PAD,
+            BLOCK_Q,
+            BLOCK_K,
+            lse_ptr is not None,
+        )
+    else:
+        out, lse = sparse_rows(
+            query_block_ptr,
+            key_head_ptr,
+            value_head_ptr,
+            low_query_ptr,
+            query_scale_ptr,
+            low_keys_ptr,
+            key_scale_ptr,
+            low_values_ptr,
+            value_scale_ptr,
+            key_mean_ptr,
+            indices_row_ptr,
+            bias_row_ptr,
+            places_ptr,
+            stride_ql,
+            stride_kl,
+            stride_vl,
+            bh,
+            row,
+            first_block,
+            rows_q,
+            length,
+            count,
+            scale,
+            D,
+            D_PAD,
+            BLOCK_Q,
+            BLOCK_K,
+            SPARSE_DTYPE,
+            lse_ptr is not None,
+        )
     if sums_ptr is not None:
         # Asked for before anything is waited for.
         offs_d = tl.arange(0, D_PAD)
@@ -207,6 +248,7 @@ def attend(
     sparse_dtype: SparseDtype = "bf16",
     low_query: Tensor | None = None,
     query_scale: Tensor | None = None,
+    query_norm: Tensor | None = None,
     places: Tensor | None = None,
 ) -> None:
     """Attention of each query block to the key blocks listed for it, mixed with that to the rest.
@@ -227,6 +269,8 @@ def attend(
         sums: of `sum_dropped_states`. A query block that drops nothing gets its O_s, whatever alpha
             is. None leaves the linear branch out.
         low_query, query_scale: of `block_statistics`, for low-bit keys.
+        query_norm: of `block_statistics`, where the launch for bounded logits may be taken, which
+            needs the norms of keys among `operands`, too.
         places: `[B, H, L]` int32 of a `KeyOrder`, the one that `operands` were made with.
     """
     batch, length, heads, head_dim = query.shape
@@ -234,44 +278,52 @@ def attend(
     assert (low_query is None) == (operands.low_keys is None), "Q and K are multiplied as one type"
     assert (alpha is None) == (sums is None), "the mix takes a weight and what to mix"
     config = launch_config("attend", query, block_q=block_q, block_k=block_k, variant=sparse_dtype)
+    beyond = None
+    if config.bounded and query_norm is not None and operands.key_norm is not None:
+        assert sparse_dtype == "int8" and bias is None and value.dtype != torch.float16
+        beyond = beyond_bound(query_norm, operands.key_norm, indices, counts, head_dim)
     with launch_on(query):
-        _attend_kernel[(num_blocks(length, block_q), batch * heads)](
-            query,
-            key,
-            value,
-            low_query,
-            query_scale,
-            operands.low_keys,
-            operands.key_scale,
-            operands.low_values,
-            operands.value_scale,
-            key_mean.contiguous(),
-            indices.contiguous(),
-            None if counts is None else counts.contiguous(),
-            None if bias is None else bias.contiguous(),
-            None if alpha is None else alpha.contiguous(),
-            sums,
-            None if sums is None else operands.state_unit,
-            out_sparse,
-            out,
-            lse,
-            None if places is None else places.contiguous(),
-            *strides(query),
-            *strides(key),
-            *strides(value),
-            *strides(out if out_sparse is None else out_sparse),
-            *strides(out),
-            heads,
-            length,
-            num_blocks(length, block_q),
-            num_blocks(length, block_k),
-            indices.shape[-1],
-            head_dim**-0.5,
-            D=head_dim,
-            D_PAD=pad,
-            BLOCK_Q=block_q,
-            BLOCK_K=block_k,
-            SPARSE_DTYPE=sparse_dtype,
-            HALVES=block_q == 128 and (config.num_warps == 4 or config.max_registers is not None),
-            **config.keywords(),
-        )
+        for bounded in (False,) if beyond is None else (True, False):
+            _attend_kernel[(num_blocks(length, block_q), batch * heads)](
+                query,
+                key,
+                value,
+                low_query,
+                query_scale,
+                operands.low_keys,
+                operands.key_scale,
+                operands.low_values,
+                operands.value_scale,
+                key_mean.contiguous(),
+                indices.contiguous(),
+                None if counts is None else counts.contiguous(),
+                None if bias is None else bias.contiguous(),
+                None if alpha is None else alpha.contiguous(),
+                sums,
+                None if sums is None else operands.state_unit,
+                out_sparse,
+                out,
+                lse,
+                None if places is None else places.contiguous(),
+                beyond,
+                *strides(query),
+                *strides(key),
+                *strides(value),
+                *strides(out if out_sparse is None else out_sparse),
+                *strides(out),
+                heads,
+                length,
+                num_blocks(length, block_q),
+                num_blocks(length, block_k),
+                indices.shape[-1],
+                head_dim**-0.5,
+                D=head_dim,
+                D_PAD=pad,
+                BLOCK_Q=block_q,
+                BLOCK_K=block_k,
+                SPARSE_DTYPE=sparse_dtype,
+                HALVES=block_q == 128
+                and (config.num_warps == 4 or config.max_registers is not None),
+                BOUNDED=bounded,
+                **config.keywords(),
+            )

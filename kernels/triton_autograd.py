@@ -37,6 +37,7 @@ def _mixed_attention(
     value_max: Tensor | None,
     low_query: Tensor | None,
     query_scale: Tensor | None,
+    query_norm: Tensor | None,
     indices: Tensor,
     counts: Tensor | None,
     alpha: Tensor | None,
@@ -61,6 +62,7 @@ def _mixed_attention(
         value_max,
         low_query,
         query_scale,
+        query_norm,
         indices,
         counts,
         alpha,
@@ -78,7 +80,7 @@ def _mixed_attention(
 def _(
     query: Tensor, key: Tensor, value: Tensor, key_means: Tensor, key_mean: Tensor, *more: Any
 ) -> tuple[Tensor, ...]:
-    _, _, _, _, _, alpha, *_, need_lse, keep_sparse = more
+    _, _, _, _, _, _, alpha, *_, need_lse, keep_sparse = more
     batch, length, heads, _ = query.shape
     lse = (batch, heads, length) if need_lse else (0,)
     sparse = query.shape if keep_sparse and alpha is not None else (0,)
@@ -152,7 +154,7 @@ class _Settings(NamedTuple):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, _, key_mean, _, _, _, indices, counts, alpha, _, *settings = inputs
+    query, key, value, _, key_mean, _, _, _, _, indices, counts, alpha, _, *settings = inputs
     block_q, block_k, sparse_dtype, phi_k, _, _ = settings
     out, lse, out_sparse = output
     sparse = out if alpha is None else out_sparse
@@ -190,7 +192,7 @@ def _backward(
         grad_key,
         grad_value,
         grad_key_means,
-        *(None,) * 6,
+        *(None,) * 7,
         None if alpha is None else grad_alpha,
         *(None,) * 7,
     )

@@ -35,6 +35,7 @@ def forward_arguments(
         statistics.value_max,
         statistics.low_query,
         statistics.query_scale,
+        statistics.query_norm,
         plan.indices,
         plan.counts,
         plan.alpha,
@@ -54,6 +55,7 @@ def attend_all(
     value_max: Tensor | None,
     low_query: Tensor | None,
     query_scale: Tensor | None,
+    query_norm: Tensor | None,
     indices: Tensor,
     counts: Tensor | None,
     alpha: Tensor | None,
@@ -74,7 +76,7 @@ def attend_all(
     The last two are empty unless `need_lse` and `keep_sparse` ask for them.
 
     Args:
-        key_mean, value_max, low_query, query_scale: of `block_statistics`.
+        key_mean, value_max, low_query, query_scale, query_norm: of `block_statistics`.
         indices, counts, alpha, dropped: of a `BlockPlan`.
         bias: `[B, H, M, N]` float32, what is added to the logits of a key block, in powers of two.
         places: `[B, H, L]` int32 of a `KeyOrder`.
@@ -98,6 +100,7 @@ def attend_all(
             sparse_dtype=sparse_dtype,
             phi_k=phi_k,
             need_states=alpha is not None,
+            need_key_norm=query_norm is not None,
             places=_of(places, own),
         )
         sums = None
@@ -124,6 +127,7 @@ def attend_all(
             sparse_dtype=sparse_dtype,
             low_query=_of(low_query, own),
             query_scale=_of(query_scale, own),
+            query_norm=_of(query_norm, own),
             places=_of(places, own),
         )
     return out, lse, sparse

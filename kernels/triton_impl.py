@@ -27,6 +27,7 @@ from sla_video.kernels.options import Options, most_selected
 from sla_video.kernels.router import Router
 from sla_video.kernels.triton_autograd import mixed_attention
 from sla_video.kernels.triton_backward_routing import with_block_means
+from sla_video.kernels.triton_bounded import wants_norms
 from sla_video.kernels.triton_context import mix_context
 from sla_video.kernels.triton_in_place import attention_in_query, rows_apart
 from sla_video.kernels.triton_key_order import ordered_attention, places_or_move
@@ -77,6 +78,7 @@ def sla2_triton(
         need_value_max=options.sparse_dtype in ("int8_fp8", "int8_int8")
         or value.dtype == torch.float16,
         need_low_query=options.sparse_dtype != "bf16",
+        need_query_norm=wants_norms(query, options),
         places=places,
     )
     # One pass for the gradient of a tensor and that of its means.

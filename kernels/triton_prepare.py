@@ -3,6 +3,7 @@
 Writes what the sparse and the linear branch take of each key block n:
 
     low_keys[n]     = round(Ks[n] / s_n)          INT8, one scale s_n = max|Ks[n]| / 127 per block
+    key_norm[n]     = max_j |Ks[j]| over block n  where logits are to be bounded (`triton_bounded`)
     low_values[n]   = V[n]^T / s_d                FP8 E4M3 or INT8, one scale per channel
     states[n]       = phi(Ks[n])^T V[n]           or of K[n]; phi is softmax over D. Of float16
                                                   V[n] / max|V| is taken, which cannot overflow
@@ -51,6 +52,7 @@ class KeyOperands(NamedTuple):
 
     Attributes:
         low_keys, key_scale: INT8 `[B, H, N, block_k, P]` and its scales `[B, H, N]`.
+        key_norm: `[B, H, N]` float32, largest norm of a smoothed key of the block.
         low_values, value_scale: FP8 or INT8 `[B, H, N, P, block_k]`, keys in `matrix_order`, and
             its scales `[B, H, P]`.
         states: `[B, H, N, P + 1, P]` in the dtype of V, then blocks of zeros to a multiple of 16.
@@ -59,6 +61,7 @@ class KeyOperands(NamedTuple):
 
     low_keys: Tensor | None = None
     key_scale: Tensor | None = None
+    key_norm: Tensor | None = None
     low_values: Tensor | None = None
     value_scale: Tensor | None = None
     states: Tensor | None = None
@@ -75,6 +78,11 @@ def _transposed(x, BLOCK_K: tl.constexpr, D_PAD: tl.constexpr):
     return tl.reshape(x, (D_PAD, BLOCK_K))
 
 
+@triton.jit
+def _larger(x, y, other_x, other_y):
+    return tl.maximum(x, other_x), tl.maximum(y, other_y)
+
+
 @triton.jit(do_not_specialize=["heads", "length", "num_k", "state_blocks", "run"])
 def _prepare_keys_kernel(
     key_ptr,
@@ -83,6 +91,7 @@ def _prepare_keys_kernel(
     value_max_ptr,
     low_keys_ptr,
     key_scale_ptr,
+    key_norm_ptr,
     low_values_ptr,
     value_scale_ptr,
     states_ptr,
@@ -159,7 +168,15 @@ def _prepare_keys_kernel(
 
         smooth = key - mean[None, :]
         if SPARSE_DTYPE != "bf16":
-            key_scale = quantization_scale(tl.max(tl.abs(smooth)), 127.0)
+            if key_norm_ptr is None:
+                largest_key = tl.max(tl.abs(smooth))
+            else:
+                # Both at once: threads wait for each other as often as for one.
+                largest_key, square = tl.reduce(
+                    (tl.max(tl.abs(smooth), 1), tl.sum(smooth * smooth, 1)), 0, _larger
+                )
+                tl.store(key_norm_ptr + block, tl.sqrt(square))
+            key_scale = quantization_scale(largest_key, 127.0)
             tl.store(key_scale_ptr + block, key_scale)
             factor = tl.where(exists, 1.0 / key_scale, 0.0)
             tl.store(low_keys_ptr + first + tile, round_to_int8(smooth * factor[:, None]))
@@ -224,6 +241,7 @@ def prepare_keys(
     sparse_dtype: SparseDtype,
     phi_k: PhiK,
     need_states: bool,
+    need_key_norm: bool = False,
     places: Tensor | None = None,
 ) -> KeyOperands:
     """Pass 2 over key, value `[B, L, H, D]`, each contiguous along D.
@@ -231,6 +249,7 @@ def prepare_keys(
     Args:
         key_mean, value_max: of `block_statistics`; value_max for a low-bit P V and for float16.
         need_states: whether a linear branch will follow.
+        need_key_norm: whether logits are to be bounded; of low-bit keys only.
         places: `[B, H, L]` int32 of a `KeyOrder`.
     """
     low_keys = sparse_dtype != "bf16"
@@ -250,6 +269,7 @@ def prepare_keys(
     operands = KeyOperands(
         low_keys=buffer(low_keys, torch.int8, num_k, block_k, pad),
         key_scale=buffer(low_keys, torch.float32, num_k),
+        key_norm=buffer(low_keys and need_key_norm, torch.float32, num_k),
         low_values=buffer(low_values, low_dtype, num_k, pad, block_k),
         value_scale=buffer(low_values, torch.float32, pad),
         states=buffer(need_states, value.dtype, padded_row(num_k), pad + 1, pad),
@@ -272,6 +292,7 @@ def prepare_keys(
             value_max if need_max else None,
             operands.low_keys,
             operands.key_scale,
+            operands.key_norm,
             operands.low_values,
             operands.value_scale,
             operands.states,

@@ -66,6 +66,8 @@ def _soft_attention(
         value_max,
         low_query,
         query_scale,
+        # Logits with a bias have no bound.
+        None,
         every_block(query, num_blocks(length, block_q), num_blocks(length, block_k)),
         None,
         alpha,

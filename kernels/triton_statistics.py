@@ -4,6 +4,7 @@
     key_mean       = mean of K over all tokens, from the block means
     value_max[d]   = max_j |V[j, d]|, where P V will be low-bit
     low_query[m]   = round(Q[m] / s_m), s_m = max|Q[m]| / 127, where Q K^T will be
+    query_norm[m]  = max_i |q_i| over block m, where logits are to be bounded (`triton_bounded`)
 
 Where heads have an order of keys, block n of K is a block of that order; V's maxima need none.
 Inputs are `[B, L, H, D]` with any strides but 1 along D, each read once from memory. Nothing here
@@ -45,6 +46,7 @@ class BlockStatistics(NamedTuple):
         value_max: `[B, H, D]`, largest |v| of each channel; None unless asked for.
         low_query, query_scale: INT8 `[B, H, M, block_q, P]`, padded with zeros to whole blocks and
             to P = `padded_dim(D)`, and its scales `[B, H, M]`; None unless asked for.
+        query_norm: `[B, H, M]`, largest norm of a query of the block; None unless asked for.
     """
 
     query_means: Tensor
@@ -53,6 +55,7 @@ class BlockStatistics(NamedTuple):
     value_max: Tensor | None
     low_query: Tensor | None = None
     query_scale: Tensor | None = None
+    query_norm: Tensor | None = None
 
 
 @triton.jit(do_not_specialize=["heads", "length", "num_q", "num_k", "all_q"])
@@ -65,6 +68,7 @@ def _block_statistics_kernel(
     value_max_ptr,
     low_query_ptr,
     query_scale_ptr,
+    query_norm_ptr,
     places_ptr,
     stride_qb,
     stride_ql,
@@ -103,15 +107,20 @@ def _block_statistics_kernel(
         base_ptr = query_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_ql
         total = tl.zeros([TILE_Q, D_PAD], tl.float32)
         peak = tl.zeros([TILE_Q, D_PAD], tl.float32)
+        square = tl.zeros([TILE_Q], tl.float32)
         for offset in range(0, BLOCK_Q, TILE_Q):
             tile_ptr = base_ptr + tl.cast(offset, tl.int64) * stride_ql
             query = load_rows(tile_ptr, stride_ql, rows - offset, TILE_Q, D, D_PAD).to(tl.float32)
             total += query
             if low_query_ptr is not None:
                 peak = tl.maximum(peak, tl.abs(query))
+                if query_norm_ptr is not None:
+                    square = tl.maximum(square, tl.sum(query * query, 1))
         mean = tl.sum(total, 0) / tl.minimum(rows, BLOCK_Q)
         tl.store(query_means_ptr + row * D + offs_d, mean, mask=offs_d < D)
         if low_query_ptr is not None:
+            if query_norm_ptr is not None:
+                tl.store(query_norm_ptr + row, tl.sqrt(tl.max(square)))
             scale = quantization_scale(tl.max(peak), 127.0)
             tl.store(query_scale_ptr + row, scale)
             low_base_ptr = low_query_ptr + row * (BLOCK_Q * D_PAD)
@@ -187,8 +196,9 @@ def _block_statistics(
     block_k: int,
     need_value_max: bool,
     need_low_query: bool,
+    need_query_norm: bool,
     places: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `BlockStatistics`, empty tensors for what is not wanted."""
     batch, length, heads, head_dim = query.shape
     num_q, num_k = num_blocks(length, block_q), num_blocks(length, block_k)
@@ -202,6 +212,7 @@ def _block_statistics(
     low_shape = (batch, heads, num_q, block_q, pad) if need_low_query else (0,)
     low_query = torch.empty(low_shape, dtype=torch.int8, device=query.device)
     query_scale = empty(batch, heads, num_q) if need_low_query else empty(0)
+    query_norm = empty(batch, heads, num_q) if need_query_norm else empty(0)
     columns = 32
     config = launch_config("block_statistics", query, block_q=block_q, block_k=block_k)
     with launch_on(query):
@@ -214,6 +225,7 @@ def _block_statistics(
             value_max,
             low_query if need_low_query else None,
             query_scale if need_low_query else None,
+            query_norm if need_query_norm else None,
             places,
             *strides(query),
             *strides(key),
@@ -243,7 +255,7 @@ def _block_statistics(
             COLUMNS=columns,
             num_warps=8,
         )
-    return query_means, key_means, key_mean, largest, low_query, query_scale
+    return query_means, key_means, key_mean, largest, low_query, query_scale, query_norm
 
 
 @_block_statistics.register_fake
@@ -255,8 +267,9 @@ def _(
     block_k: int,
     need_value_max: bool,
     need_low_query: bool,
+    need_query_norm: bool,
     places: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, head_dim = query.shape
     num_q = num_blocks(length, block_q)
     empty = partial(torch.empty, dtype=torch.float32, device=query.device)
@@ -268,6 +281,7 @@ def _(
         empty(batch, heads, head_dim) if need_value_max else empty(0),
         torch.empty(low_shape, dtype=torch.int8, device=query.device),
         empty(batch, heads, num_q) if need_low_query else empty(0),
+        empty(batch, heads, num_q) if need_query_norm else empty(0),
     )
 
 
@@ -280,13 +294,16 @@ def block_statistics(
     block_k: int,
     need_value_max: bool,
     need_low_query: bool = False,
+    need_query_norm: bool = False,
     places: Tensor | None = None,
 ) -> BlockStatistics:
     """Pass 1 over query, key (and value) `[B, L, H, D]`, each contiguous along D.
 
+    `need_query_norm`: with low_query only.
     `places`: `[B, H, L]` int32, contiguous, of a `KeyOrder`.
     """
-    query_means, key_means, key_mean, value_max, low_query, query_scale = _block_statistics(
+    assert need_low_query or not need_query_norm, "norms are for low-bit logits"
+    query_means, key_means, key_mean, value_max, *of_query = _block_statistics(
         query.detach(),
         key.detach(),
         value.detach(),
@@ -294,8 +311,10 @@ def block_statistics(
         block_k,
         need_value_max,
         need_low_query,
+        need_query_norm,
         places,
     )
+    low_query, query_scale, query_norm = of_query
     return BlockStatistics(
         query_means,
         key_means,
@@ -303,4 +322,5 @@ def block_statistics(
         value_max if need_value_max else None,
         low_query if need_low_query else None,
         query_scale if need_low_query else None,
+        query_norm if need_query_norm else None,
     )

@@ -86,6 +86,19 @@ def test_the_script_that_times_each_part_runs(tmp_path):
     } <= row.keys()
 
 
+def test_the_script_that_times_each_launch_runs(tmp_path):
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    script = Path(__file__).parents[1] / "benchmarks" / "operator_parts.py"
+    report = tmp_path / "launches.json"
+    command = [sys.executable, script, "--dry-run", "--launches", "--json", report]
+    command += ["--formats", "int8"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["bounded"] for row in rows} == {False, True}
+    assert all(0 < row["error"] < 0.02 and row.keys() >= {"sparse+mix", "whole"} for row in rows)
+
+
 def test_the_script_for_the_memory_checker_runs():
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     script = Path(__file__).parents[1] / "benchmarks" / "memory_check.py"
