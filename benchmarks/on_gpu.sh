@@ -18,6 +18,7 @@ declare -A parts=(
   [tuning]='python3 benchmarks/tune_check.py --json $out/tuning.json'
   [operator]='python3 -m sla_video.cli bench --json $out/operator.json'
   [operator-fp8]='python3 -m sla_video.cli bench --sparse-dtype int8_fp8 --json $out/operator-fp8.json'
+  [launches]='python3 benchmarks/operator_parts.py --formats int8 --launches --json $out/launches.json'
   [parts]='python3 benchmarks/operator_parts.py --formats int8 int8_fp8 --json $out/parts.json'
   [models]='python3 benchmarks/end_to_end.py --models 1.3B 14B --variants cudnn flash sla2-97
     --profile --json $out/models.json'
