@@ -141,8 +141,9 @@ class GenerationRequest:
         scale, fps = self.guidance_scale, self.fps
         if scale is not None and not (math.isfinite(scale) and scale >= 0):
             raise InputError(f"`guidance_scale` must be a number of at least 0, got {scale}")
-        if fps is not None and not 0 < fps <= 240:
-            raise InputError(f"`fps` must be above 0 and at most 240, got {fps}")
+        # ffmpeg is told two decimals: less than that is 0 to it, and fails after the work.
+        if fps is not None and not 0.01 <= fps <= 240:
+            raise InputError(f"`fps` must be from 0.01 to 240, got {fps}")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise InputError(f"`strength` must be above 0 and at most 1, got {self.strength}")
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _SUFFIX = ".mp4"
 _SLUG_LENGTH = 48
 _SLUG_BYTES = 160
+_NAME_BYTES = 255  # the most that file systems take
 # x264 at a quality that shows no loss; the colour tags keep players from guessing the matrix.
 _BT709 = "color_primaries=bt709:color_trc=bt709:colorspace=bt709"
 _X264 = ["-crf", "16", "-movflags", "+faststart"]
@@ -73,6 +74,8 @@ def plan_outputs(
             raise InputError(
                 f"`out` names one file, {out}, for {len(prompts)} videos: give a folder instead"
             )
+        if len(os.fsencode(recording_of(out).name)) > _NAME_BYTES:
+            raise InputError(f"`out` leaves no room for the names of files beside it: {out}")
         if not overwrite and _is_taken(out, prompts[0], seeds[0], earlier):
             taken = out if out.exists() else sidecar_of(out)
             raise InputError(f"{taken} exists: give another --out, or --overwrite to replace it")
@@ -240,7 +243,9 @@ def write_clip(path: Path, frames: Iterable[np.ndarray[Any, Any]], fps: float) -
 
 def _temporary(path: Path, suffix: str) -> Path:
     """A new hidden file beside `path`, with the permissions that a plain `open` would give it."""
-    handle, name = tempfile.mkstemp(suffix=suffix, prefix=f".{path.stem}.part-", dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        suffix=suffix, prefix=f".{path.stem[:_SLUG_LENGTH]}.part-", dir=path.parent
+    )
     os.close(handle)
     _set_plain_permissions(name)
     return Path(name)
@@ -254,6 +259,7 @@ def _set_plain_permissions(path: str | Path) -> None:
 
 def _encode(path: Path, frames: Iterable[np.ndarray[Any, Any]], fps: float) -> None:
     import imageio.v2 as imageio
+    import imageio_ffmpeg
 
     writer = imageio.get_writer(
         str(path),
@@ -267,6 +273,15 @@ def _encode(path: Path, frames: Iterable[np.ndarray[Any, Any]], fps: float) -> N
         ffmpeg_log_level="error",
         output_params=_X264,
     )
+    written = 0
     with writer:
         for frame in frames:
             writer.append_data(frame)
+            written += 1
+    # The writer does not look at how ffmpeg ended: on a full disk it leaves a file without an end.
+    try:
+        readable, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError:
+        readable = 0
+    if readable < written:
+        raise OSError(f"ffmpeg wrote {readable} of {written} frames (is the disk full?)")

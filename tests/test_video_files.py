@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -171,3 +173,28 @@ def test_a_missing_ffmpeg_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", absent)
     with pytest.raises(InputError, match="IMAGEIO_FFMPEG_EXE"):
         video_files.check_video_writer()
+
+
+def test_a_video_that_ffmpeg_could_not_finish_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: here ffmpeg may write no file of more than a few blocks."""
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    limited = tmp_path / "limited"
+    limited.write_text(f'#!/bin/sh\nulimit -f 4\nexec "{real}" "$@"\n')
+    limited.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(limited))
+    noise = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
+    with pytest.raises(InputError, match=r"cannot write .*of 9 frames"):
+        write_video(tmp_path / "clip.mp4", noise, 8, dict)
+    assert list(tmp_path.iterdir()) == [limited]
+
+
+def test_long_names_are_written_or_refused_before_the_work(tmp_path: Path) -> None:
+    longest = "x" * (255 - len(".recording.safetensors"))
+    assert plan(tmp_path / f"{longest}.mp4") == [str(tmp_path / f"{longest}.mp4")]
+    save = partial(Path.write_bytes, data=b"recording")
+    write_video(tmp_path / f"{longest}.mp4", moving_square(), 8, dict, save)
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(InputError, match="leaves no room"):
+        plan(tmp_path / f"{longest}x.mp4")
