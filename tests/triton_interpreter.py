@@ -4,14 +4,18 @@ Found in Triton 3.6 and 3.9: `tl.dot` of bfloat16 multiplies the bit patterns as
 from float32 to bfloat16 and FP8 drop the low bits instead of rounding to nearest. Casts by torch,
 which rounds as the hardware does, replace its own.
 
-It also readies the language anew in every call of a helper, a third of the time of small kernels:
-once in a launch does for all that share their globals.
+Its other habits only cost time, most of that of small kernels. It readies the language anew in
+every call of a helper, where once in a launch does for all that share their globals. It works out
+whether integers overflow, but asserts nothing of it, since it is not in debug mode. For each value
+it makes anew the table of what numpy calls its dtype.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
+import numpy as np
 import torch
 
 
@@ -26,7 +30,7 @@ def interpret_without_gpu() -> None:
     except ImportError:
         return
 
-    _ready_the_language_once(interpreter)
+    _save_time(interpreter)
     theirs = interpreter._convert_float
     # Triton's dtype -> torch's, and the integer that numpy holds its bits in.
     rounded = {
@@ -53,7 +57,21 @@ def interpret_without_gpu() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def _ready_the_language_once(interpreter) -> None:
+def _save_time(interpreter) -> None:
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+
+    their_dtype = interpreter._get_np_dtype
+    dtypes: dict[str, np.dtype] = {}
+
+    def get_np_dtype(tt_dtype):
+        name = tt_dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = their_dtype(tt_dtype)
+        return dtypes[name]
+
+    interpreter._get_np_dtype = get_np_dtype
+
     their_launch, their_patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     ready: set[int] = set()
 
