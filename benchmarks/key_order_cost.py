@@ -28,11 +28,12 @@ MEASURE = "measuring the order"
 def layer_order(heads: int, sparsity: float) -> Any:
     """The orders of a layer, measured in each call."""
     from sla_video.config import SLAConfig
-    from sla_video.pipelines.key_order import LayerKeyOrder, StepCounter
+    from sla_video.pipelines.key_order import LayerKeyOrder
+    from sla_video.pipelines.pipeline_steps import PipelineSteps
 
     kinds = [("segment_sort", "hot_peel", "segment_sort", "identity")[h % 4] for h in range(heads)]
     settings = SLAConfig(key_order_refresh=1)
-    return LayerKeyOrder(tuple(kinds), settings, sparsity, StepCounter())
+    return LayerKeyOrder(tuple(kinds), settings, sparsity, PipelineSteps())
 
 
 def check(device: torch.device, dtype: torch.dtype, sparse_dtype: Any, length: int) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from sla_video.config import SLAConfig
 from sla_video.pipelines.errors import InputError
@@ -12,6 +12,7 @@ from sla_video.pipelines.recipe import Recipe, load_recipe
 from sla_video.pipelines.router_files import load_routers
 from sla_video.pipelines.router_set import RouterSet
 
+_T = TypeVar("_T", RouterSet, Recipe)
 # Settings that routers are trained for: other values would make them choose worse in silence.
 _TRAINED_SETTINGS = (
     "block_q",
@@ -41,14 +42,13 @@ def choose_settings(
     Raises:
         TypeError, ValueError: what is given contradicts itself or cannot be read.
     """
-    router_set = _read_routers(routers)
+    router_set = _read(routers, "routers", RouterSet, load_routers, "folder")
+    read = _read(recipe, "recipe", Recipe, load_recipe, "file")
     given = {name: value for name, value in changes.items() if value is not None}
-    if recipe is None:
+    if read is None:
         base = config or (router_set.config if router_set is not None else SLAConfig())
         found = dict.fromkeys(components, base.replace(**given))
-        read = None
     else:
-        read = _read_recipe(recipe)
         decided = [name for name in given if name not in _BESIDE_A_RECIPE]
         if config is not None or decided:
             name = "config" if config is not None else decided[0].replace("layer_", "")
@@ -70,28 +70,18 @@ def choose_settings(
     return found, router_set, read
 
 
-def _read_routers(
-    routers: str | os.PathLike[str] | RouterSet | None,
-) -> RouterSet | None:
-    if routers is None or isinstance(routers, RouterSet):
-        return routers
-    if not isinstance(routers, (str, os.PathLike)):
+def _read(
+    given: Any, name: str, kind: type[_T], load: Callable[[Any], _T], place: str
+) -> _T | None:
+    """What a call was given under `name`, read if it is a file."""
+    if given is None or isinstance(given, kind):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
         raise TypeError(
-            "`routers` must be a folder, a hub id, what `load_routers` returned, or None, "
-            f"got a {type(routers).__name__}"
+            f"`{name}` must be a {place}, a hub id, what `{load.__name__}` returned, or None, "
+            f"got a {type(given).__name__}"
         )
-    return load_routers(routers)
-
-
-def _read_recipe(recipe: str | os.PathLike[str] | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if not isinstance(recipe, (str, os.PathLike)):
-        raise TypeError(
-            "`recipe` must be a file, a hub id, what `load_recipe` returned, or None, "
-            f"got a {type(recipe).__name__}"
-        )
-    return load_recipe(recipe)
+    return load(given)
 
 
 def _check_trained_settings(trained: SLAConfig, settings: SLAConfig) -> None:

@@ -16,7 +16,7 @@ class FirstStepsDense:
     """Forward pre-hook of a transformer: dense attention in the first denoising steps."""
 
     def __init__(self, pipe: Any, steps: int, switch: DenseSwitch) -> None:
-        self._clock = PipelineSteps(pipe, "dense_steps", "dense_steps=0")
+        self._clock = PipelineSteps.needed_by("dense_steps", pipe, "dense_steps=0")
         self._steps = steps
         self._switch = switch
 

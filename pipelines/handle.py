@@ -77,7 +77,7 @@ class TransformerPatch:
         hooks = [LoraGuard(transformer)] if lora_parameters(transformer) else []
         orders = [p.key_order for p in self.processors.values() if p.key_order is not None]
         # One for all layers.
-        counters = [order.counter for order in orders[:1]]
+        counters = [order.steps for order in orders[:1]]
         for each in (*hooks, hook, *counters):
             if each is not None:
                 self._hooks.append(transformer.register_forward_pre_hook(each))

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sla_video.config import KeyOrderKind, SLAConfig
 from sla_video.kernels.api import num_selected
@@ -26,55 +25,7 @@ from sla_video.kernels.key_order import HOT_SHARE, hot_blocks, key_importance, m
 from sla_video.kernels.key_places import KeyOrder
 from sla_video.kernels.routing import num_blocks
 from sla_video.pipelines.families.family import Family
-
-# More calls of a transformer in one step than any guidance makes: another video has begun.
-_MOST_BRANCHES = 8
-
-
-class StepCounter:
-    """Forward pre-hook of a transformer: which denoising step runs, and which call of it.
-
-    Asks the scheduler of the pipeline, which counts on the host. Without a pipeline every call is a
-    step of a video of its own, so that nothing is kept. The pipeline is held weakly: it holds us.
-
-    Attributes:
-        video, step, branch: counted from 0; the last is the call of the transformer in its step.
-    """
-
-    def __init__(self, pipe: Any = None) -> None:
-        self.video = self.step = self.branch = 0
-        self._index = math.inf
-        self._pipe = None if pipe is None else weakref.ref(pipe)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StepCounter:
-        # A weak reference is copied as it is: a copied pipeline would follow the first one's steps.
-        pipe = None if self._pipe is None else self._pipe()
-        twin = StepCounter(memo.get(id(pipe)))
-        memo[id(self)] = twin
-        return twin
-
-    def __reduce__(self) -> Any:
-        return StepCounter, ()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
-    def __call__(self, _module: nn.Module, _args: Any) -> None:
-        pipe = None if self._pipe is None else self._pipe()
-        scheduler: Any = getattr(pipe, "scheduler", None)
-        if not hasattr(scheduler, "step_index"):
-            self._begin_video(-1)
-            return
-        # None until the first step is done.
-        index = -1 if scheduler.step_index is None else int(scheduler.step_index)
-        if index == self._index and self.branch + 1 < _MOST_BRANCHES:
-            self.branch += 1
-        elif index > self._index:
-            self._index, self.step, self.branch = index, self.step + 1, 0
-        else:
-            self._begin_video(index)
-
-    def _begin_video(self, index: int) -> None:
-        self.video += 1
-        self._index, self.step, self.branch = index, 0, 0
+from sla_video.pipelines.pipeline_steps import PipelineSteps
 
 
 class LayerKeyOrder:
@@ -84,7 +35,7 @@ class LayerKeyOrder:
         kinds: of the H heads.
         settings: of the patch; block_k, the refresh and the room for hot blocks are taken from it.
         sparsity: of the layer.
-        counter: of the transformer.
+        steps: counted in the transformer, as a hook of it.
     """
 
     def __init__(
@@ -92,10 +43,10 @@ class LayerKeyOrder:
         kinds: tuple[KeyOrderKind, ...],
         settings: SLAConfig,
         sparsity: float,
-        counter: StepCounter,
+        steps: PipelineSteps,
     ) -> None:
         self.kinds = kinds
-        self.counter = counter
+        self.steps = steps
         self._settings, self._sparsity = settings, sparsity
         self._video = -1
         # Call of a step -> the step that it was measured in, and the order.
@@ -106,7 +57,7 @@ class LayerKeyOrder:
 
     def __reduce__(self) -> Any:
         # A copy has a number of its own, and measures for itself.
-        return LayerKeyOrder, (self.kinds, self._settings, self._sparsity, self.counter)
+        return LayerKeyOrder, (self.kinds, self._settings, self._sparsity, self.steps)
 
     def __call__(
         self, query: Tensor, key: Tensor, heads: tuple[int, int] | None = None
@@ -136,17 +87,17 @@ class LayerKeyOrder:
         refresh = settings.key_order_refresh
         if refresh == 1 or anew:
             return KeyOrder(self._measure(kinds, hot, query, key), always)
-        if self._video != self.counter.video:
-            self._video = self.counter.video
+        if self._video != self.steps.video:
+            self._video = self.steps.video
             self._kept.clear()
-        call = (self.counter.branch, start, stop)
+        call = (self.steps.branch, start, stop)
         if call in self._kept:
             step, places = self._kept[call]
             fits = places.shape == _shape(key) and places.device == key.device
-            if fits and self.counter.step - step < refresh:
+            if fits and self.steps.step - step < refresh:
                 return KeyOrder(places, always)
         places = self._measure(kinds, hot, query, key)
-        self._kept[call] = self.counter.step, places
+        self._kept[call] = self.steps.step, places
         return KeyOrder(places, always)
 
     def _measure(
@@ -205,7 +156,7 @@ def make_layer_orders(
         ValueError: a layer that is not there or runs dense, or another number of heads.
     """
     plan = dict(zip(layers, settings.layer_plan(len(layers)), strict=True))
-    counter = StepCounter(pipe)
+    steps = PipelineSteps(pipe)
     orders = {}
     for full_name, kinds in settings.key_orders.items():
         owner, _, name = full_name.partition(".")
@@ -223,7 +174,7 @@ def make_layer_orders(
             )
         if set(kinds) != {"identity"}:
             kinds = cast(tuple[KeyOrderKind, ...], kinds)
-            orders[name] = LayerKeyOrder(kinds, settings, sparsity, counter)
+            orders[name] = LayerKeyOrder(kinds, settings, sparsity, steps)
     return orders
 
 

@@ -15,7 +15,7 @@ from sla_video.kernels.context import Context
 from sla_video.kernels.key_places import KeyOrder, take_tokens
 from sla_video.kernels.measures import check_settings, measure_losses
 from sla_video.kernels.router import Router
-from sla_video.pipelines.recording import CallLog, StepClock
+from sla_video.pipelines.recording import CallLog, ForwardClock
 from sla_video.pipelines.stats import LayerStats
 
 # Finished timers are folded into the sum once this many are waiting.
@@ -201,7 +201,7 @@ def logging_calls(
     if any(recorder.logging for recorder in recorders.values()):
         raise ValueError("a recording per step is running already: end it before the next")
     check_settings(coverage, most_blocks)
-    clock = StepClock()
+    clock = ForwardClock()
     hooks = [t.register_forward_pre_hook(clock, with_kwargs=True) for t in transformers]
     for recorder in recorders.values():
         recorder.log = CallLog(clock, coverage=coverage, most_blocks=most_blocks)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+
+# More calls of a transformer in one step than any guidance makes: another video has begun.
+_MOST_BRANCHES = 8
 
 
 class PipelineSteps:
@@ -15,14 +20,31 @@ class PipelineSteps:
     Before its first step a scheduler's counter is None, since `set_timesteps` resets it. Two
     transformers of one pipeline share the counter. The pipeline is held weakly: it holds us.
 
-    Args:
-        setting: what needs the steps, for messages; `instead` is what does without.
+    As a forward pre-hook of a transformer it also counts that one's calls. Where no scheduler tells
+    steps apart, each call is a video of its own, so that who keeps something for the next step
+    keeps nothing.
 
-    Raises:
-        ValueError: the pipeline has no scheduler that counts all its steps.
+    Attributes:
+        video, step, branch: counted by the hook, from 0; the last is the call of the transformer
+            in its step.
     """
 
-    def __init__(self, pipe: Any, setting: str, instead: str) -> None:
+    def __init__(self, pipe: Any = None) -> None:
+        self.video = self.step = self.branch = 0
+        self._index = math.inf
+        self._pipe: Callable[[], Any] = _no_pipeline if pipe is None else weakref.ref(pipe)
+        self._setting = ""
+
+    @classmethod
+    def needed_by(cls, setting: str, pipe: Any, instead: str) -> PipelineSteps:
+        """Those of a setting that does not go without.
+
+        Args:
+            setting: what needs the steps, for messages; `instead` is what does without.
+
+        Raises:
+            ValueError: the pipeline has no scheduler that counts all its steps.
+        """
         if not hasattr(pipe.scheduler, "step_index"):
             raise ValueError(
                 f"`{setting}` needs a scheduler that counts its steps, got "
@@ -33,16 +55,43 @@ class PipelineSteps:
                 f"`{setting}` needs one scheduler that counts the steps, but in a "
                 f"{type(pipe).__name__} each frame has its own: use {instead}"
             )
-        self._pipe = weakref.ref(pipe)
-        self._setting = setting
+        steps = cls(pipe)
+        steps._setting = setting
+        return steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineSteps:
         # A weak reference is copied as it is: a copied pipeline would follow the first one's steps.
-        twin = copy.copy(self)
         pipe = self._pipe()
-        if pipe is not None and id(pipe) in memo:
-            twin._pipe = weakref.ref(memo[id(pipe)])
+        twin = PipelineSteps(memo.get(id(pipe), pipe))
+        twin._setting = self._setting
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # No file holds a weak reference: what is read from one has no pipeline.
+        return {**vars(self), "_pipe": _no_pipeline}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def __call__(self, transformer: nn.Module, _args: Any) -> None:
+        """Before a forward: count it."""
+        pipe = self._pipe()
+        # A copy of the transformer alone is in none of the pipeline's steps.
+        held = any(part is not None and part is transformer for part in _transformers(pipe))
+        scheduler: Any = getattr(pipe, "scheduler", None) if held else None
+        if not hasattr(scheduler, "step_index"):
+            self._begin_video(-1)
+            return
+        # None until the first step is done.
+        index = -1 if scheduler.step_index is None else int(scheduler.step_index)
+        if index == self._index and self.branch + 1 < _MOST_BRANCHES:
+            self.branch += 1
+        elif index > self._index:
+            self._index, self.step, self.branch = index, self.step + 1, 0
+        else:
+            self._begin_video(index)
+
+    def _begin_video(self, index: int) -> None:
+        self.video += 1
+        self._index, self.step, self.branch = index, 0, 0
 
     def now(self, transformer: nn.Module) -> int:
         """The step, from 0, of the generation that calls `transformer`.
@@ -82,6 +131,10 @@ class PipelineSteps:
                 "`disable_sla` on the copy"
             )
         return pipe
+
+
+def _no_pipeline() -> None:
+    """Stands for the weak reference where there is no pipeline."""
 
 
 def _transformers(pipe: Any) -> list[Any]:

@@ -27,7 +27,7 @@ _MOST_CALLS = 2000
 _FIELDS = ("recall", "error", "magnitude", "oracle_density", "router_density")
 
 
-class StepClock:
+class ForwardClock:
     """Forward pre-hook of the transformers of one pipeline: counts calls and keeps timesteps."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class CallLog:
         coverage, most_blocks: of `measure_losses`.
     """
 
-    def __init__(self, clock: StepClock, *, coverage: float, most_blocks: int | None) -> None:
+    def __init__(self, clock: ForwardClock, *, coverage: float, most_blocks: int | None) -> None:
         self.clock = clock
         self.coverage = coverage
         self.most_blocks = most_blocks

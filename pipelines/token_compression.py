@@ -112,7 +112,7 @@ class TransformerCompression:
                     f"`compression` with mode='kv' keeps multiples of {COUNT_MULTIPLE} tokens, "
                     f"which block_q={settings.block_q} does not divide: use mode='qkv'"
                 )
-        steps = PipelineSteps(pipe, "compression", "compression=None")
+        steps = PipelineSteps.needed_by("compression", pipe, "compression=None")
         return cls(settings, processors, steps)
 
     def install(self, transformer: nn.Module) -> TransformerCompression:

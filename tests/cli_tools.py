@@ -54,6 +54,12 @@ def run(*arguments: object, cwd: Path | None = None, **environment: str) -> Outc
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def seconds_of_programs() -> float:
+    """What the programs that have ended so far took of the CPUs, however busy the machine is."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def program_environment(**environment: str) -> dict[str, str]:
     """The environment of `run`: one thread, so that tests do not get in each other's way."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **environment}

@@ -112,7 +112,7 @@ def work(rank: int, ranks: int, folder: Path) -> None:
         rank=rank,
         world_size=ranks,
         # A case that fails in one process only leaves the others waiting.
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     results = {}
     for name, function in CASES.items():

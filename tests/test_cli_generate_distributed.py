@@ -95,7 +95,7 @@ def test_bad_input_is_said_once_and_ends_all(command: tuple[object, ...], tmp_pa
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in processes]
+    said = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
     assert "`frames` must be 4k+1" in said[0][1] and len(said[0][1].splitlines()) == 1
     assert said[1] == ("", "")
@@ -166,8 +166,8 @@ def test_one_process_that_fails_leaves_the_others_alone(
     with ThreadPoolExecutor() as pool:
         first, second = pool.submit(work, 0), pool.submit(work, 1)
         with pytest.raises(InputError, match=r"^process 2 of 2: no room$"):
-            second.result(timeout=60)
-        assert first.result(timeout=60) == [
+            second.result(timeout=240)
+        assert first.result(timeout=240) == [
             str([NAMES[0], NAMES[2]]),
             "process 2 of 2: no room",
         ]
@@ -188,10 +188,10 @@ def test_the_first_tells_why_it_could_not_begin() -> None:
     with ThreadPoolExecutor() as pool:
         ends = [pool.submit(first), pool.submit(other)]
         with pytest.raises(InputError, match=r"^no such model$") as said:
-            ends[0].result(timeout=30)
+            ends[0].result(timeout=240)
         assert not isinstance(said.value, ReportedElsewhere)
         with pytest.raises(ReportedElsewhere):
-            ends[1].result(timeout=30)
+            ends[1].result(timeout=240)
 
 
 def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from importlib.metadata import entry_points
 
 import pytest
 import typer
-from cli_tools import call, program
+from cli_tools import call, program, seconds_of_programs
 
 import sla_video
 from sla_video.cli import app, main
@@ -55,11 +54,11 @@ def test_entry_point_is_main() -> None:
 
 def test_help_answers_in_under_half_a_second() -> None:
     def seconds() -> float:
-        start = time.perf_counter()
+        before = seconds_of_programs()
         subprocess.run(program("--help"), check=True, capture_output=True)
-        return time.perf_counter() - start
+        return seconds_of_programs() - before
 
-    # Any run will do: other work on the machine can only make it slower.
+    # Of a CPU, which a busy machine shares out; it can only make them more, so any run will do.
     assert any(seconds() < 0.5 for _ in range(20))
 
 

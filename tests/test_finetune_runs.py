@@ -93,7 +93,7 @@ def kill_at(words: list[str], there: Callable[[], bool]) -> None:
     process = subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 240
     while not there() and process.poll() is None and time.monotonic() < ends:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)

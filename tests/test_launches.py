@@ -330,7 +330,7 @@ class TestFile:
         )
         commands = [[sys.executable, "-c", program, name] for name in "ab"]
         both = [subprocess.Popen(command, env={**os.environ}) for command in commands]
-        assert [process.wait(timeout=120) for process in both] == [0, 0]
+        assert [process.wait(timeout=300) for process in both] == [0, 0]
         (file,) = folder.iterdir()
         assert json.loads(file.read_text())["format"] == 1
 

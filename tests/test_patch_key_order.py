@@ -20,7 +20,8 @@ from sla_video.kernels.key_order import (
     make_key_order,
 )
 from sla_video.kernels.key_places import take_tokens
-from sla_video.pipelines.key_order import LayerKeyOrder, StepCounter
+from sla_video.pipelines.key_order import LayerKeyOrder
+from sla_video.pipelines.pipeline_steps import PipelineSteps
 from tiny_models import TINY_CALL, build_tiny_pipeline, build_tiny_transformer, transformer_inputs
 
 LAYERS = [f"transformer.blocks.{n}.attn1" for n in range(3)]
@@ -132,10 +133,10 @@ def test_without_a_pipeline_every_call_is_measured(measured):
 
 
 def test_what_is_differentiated_is_measured_each_time(measured):
-    counter = StepCounter()
-    order = LayerKeyOrder(KINDS[LAYERS[0]], SPARSE, 0.75, counter)
+    steps = PipelineSteps()
+    order = LayerKeyOrder(KINDS[LAYERS[0]], SPARSE, 0.75, steps)
     query, key, _ = random_qkv(40, batch=1, heads=2, head_dim=16)
-    counter(None, None)
+    steps(None, None)
     for _ in range(2):
         order(query, key)
     assert len(measured) == 2
@@ -146,7 +147,7 @@ def test_what_is_differentiated_is_measured_each_time(measured):
 def test_some_heads_have_the_order_that_they_have_among_all():
     query, key, _ = random_qkv(200, batch=2, heads=4, head_dim=16)
     kinds = ("identity", "hot_peel", "segment_sort", "hot_peel")
-    order = LayerKeyOrder(kinds, SPARSE, 0.75, StepCounter())
+    order = LayerKeyOrder(kinds, SPARSE, 0.75, PipelineSteps())
     whole = order(query, key)
     part = order(query[:, :, 1:3], key[:, :, 1:3], (1, 3))
     assert torch.equal(part.places, whole.places[:, 1:3])
@@ -157,7 +158,7 @@ def test_hot_keys_leave_half_of_the_selection_to_the_router():
     query, key, _ = random_qkv(6400, batch=1, heads=1, head_dim=4)
     settings = SLAConfig(block_k=64)
     for sparsity, blocks in [(0.9, 2), (0.97, 1), (0.99, 0)]:
-        order = LayerKeyOrder(("hot_peel",), settings, sparsity, StepCounter())(query, key)
+        order = LayerKeyOrder(("hot_peel",), settings, sparsity, PipelineSteps())(query, key)
         assert order.always.tolist() == [blocks]
         assert (order.places.sort(-1).values == torch.arange(6400)).all()
         assert (order.places[..., 0] != 0).all() == (blocks > 0)

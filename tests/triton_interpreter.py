@@ -3,12 +3,19 @@
 Found in Triton 3.6 and 3.9: `tl.dot` of bfloat16 multiplies the bit patterns as integers, and casts
 from float32 to bfloat16 and FP8 drop the low bits instead of rounding to nearest. Casts by torch,
 which rounds as the hardware does, replace its own.
+
+Its other habits only cost time, most of that of small kernels. It readies the language anew in
+every call of a helper, where once in a launch does for all that share their globals. It works out
+whether integers overflow, but asserts nothing of it, since it is not in debug mode. For each value
+it makes anew the table of what numpy calls its dtype.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
+import numpy as np
 import torch
 
 
@@ -23,6 +30,7 @@ def interpret_without_gpu() -> None:
     except ImportError:
         return
 
+    _save_time(interpreter)
     theirs = interpreter._convert_float
     # Triton's dtype -> torch's, and the integer that numpy holds its bits in.
     rounded = {
@@ -47,3 +55,39 @@ def interpret_without_gpu() -> None:
     their_dot = interpreter.InterpreterBuilder.create_dot
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _save_time(interpreter) -> None:
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+
+    their_dtype = interpreter._get_np_dtype
+    dtypes: dict[str, np.dtype] = {}
+
+    def get_np_dtype(tt_dtype):
+        name = tt_dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = their_dtype(tt_dtype)
+        return dtypes[name]
+
+    interpreter._get_np_dtype = get_np_dtype
+
+    their_launch, their_patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    ready: set[int] = set()
+
+    def launch(self, *args, **kwargs):
+        ready.clear()
+        try:
+            return their_launch(self, *args, **kwargs)
+        finally:
+            ready.clear()
+
+    def patch_lang(fn):
+        # The first call is the launch's own, which undoes at its end what it gets here; of the
+        # others nobody uses the result.
+        if id(fn.__globals__) in ready:
+            return None
+        ready.add(id(fn.__globals__))
+        return their_patch(fn)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, patch_lang
