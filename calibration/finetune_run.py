@@ -133,9 +133,8 @@ class _Run:
             levels=config.levels,
             paired=bool(config.guidance),
         )
-        state: dict[str, Any] = {}
-        if resume is not None:
-            state = training_checkpoint.read_state(resume)
+        state = None if resume is None else training_checkpoint.read_state(resume)
+        if resume is not None and state is not None:
             self._check_batch(state)
             shadow = None if ema is None else ema.shadow_params
             training_checkpoint.load(
@@ -150,8 +149,8 @@ class _Run:
             warmup_steps=config.warmup_steps,
             cooldown=config.cooldown,
             shape=config.schedule,
-            steps=state.get("step", 0),
-            elapsed=state.get("elapsed", 0.0),
+            steps=0 if state is None else state["step"],
+            elapsed=0.0 if state is None else state["elapsed"],
         )
 
         make_videos = self._video_maker(clips)
@@ -192,9 +191,9 @@ class _Run:
             validate=measure,
             progress=self.progress,
             tokens=count_tokens(self.folder, self.size),
-            history=list(state.get("history", [])),
+            history=[] if state is None else state["history"],
         )
-        if state:
+        if state is not None:
             loop.restore(state)
         if config.tracker:
             accelerator.init_trackers("sla-finetune", config=_flat(config.to_dict()))
@@ -252,7 +251,7 @@ class _Run:
     def _shift(self) -> float:
         return self.config.shift or noise_shift(self.folder)
 
-    def _check_batch(self, state: dict[str, Any]) -> None:
+    def _check_batch(self, state: training_checkpoint.TrainingState) -> None:
         config, processes = self.config, self.accelerator.num_processes
         here = config.batch_size * config.accumulate * processes
         there = state["clips"] // max(state["step"], 1)

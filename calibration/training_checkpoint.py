@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,28 @@ from sla_video.pipelines.errors import InputError, one_line
 from sla_video.pipelines.tiny_wan import checkpoints as files
 
 _NAME = re.compile(r"step-(\d{8})")
+
+
+class TrainingState(TypedDict):
+    """How far a run is, as JSON holds it.
+
+    Attributes:
+        step, elapsed: optimizer steps, and seconds that count for `minutes`.
+        config: `FinetuneConfig.to_dict` of the run.
+        processes, clips: number of processes, and of clips that all of them have seen.
+        ema_steps: steps of the averaged weights.
+        pending: what the log has not shown yet.
+        history: losses and validations.
+    """
+
+    step: int
+    elapsed: float
+    config: dict[str, Any]
+    processes: int
+    clips: int
+    ema_steps: int
+    pending: dict[str, Any]
+    history: list[dict[str, Any]]
 
 
 def folder_of(out: Path) -> Path:
@@ -54,7 +76,7 @@ def save(
     trainable: Mapping[str, nn.Parameter],
     ema: Sequence[Tensor] | None,
     optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
+    state: TrainingState,
     keep: int,
 ) -> Path:
     """Write a checkpoint of step `state["step"]`, and remove all but the newest `keep`.
@@ -119,18 +141,28 @@ def load(
                 parameter.copy_(_like(weights[name], parameter))
                 if ema is not None:
                     ema[index].copy_(_like(averaged[name], ema[index]))
+        restore_optimizer(optimizer, trainable, stored)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
-    restore_optimizer(optimizer, trainable, stored)
     _restore_random_states(accelerator, states)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state that was given to `save`."""
+def read_state(path: Path) -> TrainingState:
+    """The state that was given to `save`.
+
+    Raises:
+        InputError: it cannot be read, or is that of something else.
+    """
     try:
-        return dict(files.load_state(path))
+        state = files.load_state(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
+    if not isinstance(state, dict) or not state.keys() >= TrainingState.__required_keys__:
+        raise InputError(
+            f"cannot read the checkpoint {path}: its state is not that of a training run; if an "
+            "earlier checkpoint lies beside it, remove this one to go on from there"
+        )
+    return cast(TrainingState, state)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ class TrainingLoop:
         self.accelerator.print(f"step {step} validation: {text}", flush=True)
 
     def _save(self) -> None:
-        state = {
+        state: training_checkpoint.TrainingState = {
             "step": self.pace.steps,
             "elapsed": self.pace.elapsed,
             "config": self.config.to_dict(),
@@ -238,7 +238,7 @@ class TrainingLoop:
             keep=self.config.keep,
         )
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: training_checkpoint.TrainingState) -> None:
         """Go on with the part of the log that had not been written when `state` was saved."""
         pending = state["pending"]
         self._sums = torch.tensor(pending["sums"], dtype=torch.float64, device=self._sums.device)

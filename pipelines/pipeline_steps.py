@@ -32,6 +32,7 @@ class PipelineSteps:
     def __init__(self, pipe: Any = None) -> None:
         self.video = self.step = self.branch = 0
         self._index = math.inf
+        self._timesteps: Any = None
         self._pipe: Callable[[], Any] = _no_pipeline if pipe is None else weakref.ref(pipe)
         self._setting = ""
 
@@ -68,7 +69,7 @@ class PipelineSteps:
 
     def __getstate__(self) -> dict[str, Any]:
         # No file holds a weak reference: what is read from one has no pipeline.
-        return {**vars(self), "_pipe": _no_pipeline}
+        return {**vars(self), "_pipe": _no_pipeline, "_timesteps": None}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def __call__(self, transformer: nn.Module, _args: Any) -> None:
@@ -82,7 +83,12 @@ class PipelineSteps:
             return
         # None until the first step is done.
         index = -1 if scheduler.step_index is None else int(scheduler.step_index)
-        if index == self._index and self.branch + 1 < _MOST_BRANCHES:
+        # Each video has timesteps of its own, also one that follows a video that ended or failed in
+        # its first step: the index is the same then.
+        timesteps, self._timesteps = self._timesteps, getattr(scheduler, "timesteps", None)
+        if timesteps is not self._timesteps:
+            self._begin_video(index)
+        elif index == self._index and self.branch + 1 < _MOST_BRANCHES:
             self.branch += 1
         elif index > self._index:
             self._index, self.step, self.branch = index, self.step + 1, 0

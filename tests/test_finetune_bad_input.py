@@ -308,3 +308,14 @@ def test_a_run_that_ends_by_the_clock_saves_its_last_step(settings: dict[str, An
     done = finetune(config)
     (last,) = training_checkpoint.find_all(config.out)
     assert last.name == f"step-{done['step']:08d}"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3", "null", "{}", '{"step": 1}'])
+def test_checkpoints_with_the_state_of_something_else_are_refused(
+    content: str, settings: dict[str, Any]
+) -> None:
+    checkpoint = settings["out"] / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(content)
+    with pytest.raises(InputError, match=r"cannot read the checkpoint .*step-00000001"):
+        finetune(FinetuneConfig(**settings, resume=True))

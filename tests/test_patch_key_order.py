@@ -187,6 +187,29 @@ def test_copies_follow_their_own_steps(measured):
     assert len(measured) - count == 2 * 3
 
 
+def test_videos_that_end_in_their_first_step_are_told_apart():
+    pipe = build_tiny_pipeline()
+    steps, seen = PipelineSteps(pipe), []
+    pipe.transformer.register_forward_pre_hook(steps)
+    pipe.transformer.register_forward_pre_hook(
+        lambda *_: seen.append((steps.video, steps.step, steps.branch))
+    )
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    make_video(pipe, num_inference_steps=1)
+    with pytest.raises(ZeroDivisionError):
+        make_video(pipe, num_inference_steps=2, callback_on_step_end=fail)
+    hook = pipe.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        make_video(pipe, num_inference_steps=2)
+    hook.remove()
+    make_video(pipe, num_inference_steps=2)
+    first_step = [(1, 0, 0), (1, 0, 1), (2, 0, 0), (2, 0, 1), (3, 0, 0)]
+    assert seen == [*first_step, (4, 0, 0), (4, 0, 1), (4, 1, 0), (4, 1, 1)]
+
+
 def test_measuring_recall_sees_the_order():
     model = build_tiny_transformer()
     with enable_sla(model, config=SPARSE.replace(sparsity=0.5)) as handle:
