@@ -319,3 +319,15 @@ def test_checkpoints_with_the_state_of_something_else_are_refused(
     (checkpoint / "state.json").write_text(content)
     with pytest.raises(InputError, match=r"cannot read the checkpoint .*step-00000001"):
         finetune(FinetuneConfig(**settings, resume=True))
+
+
+def test_an_optimizer_of_another_network_is_refused(settings: dict[str, Any]) -> None:
+    config = FinetuneConfig(**settings, stop_after=1)
+    finetune(config)
+    (checkpoint,) = training_checkpoint.find_all(config.out)
+    path = checkpoint / "optimizer.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.9.attn1.to_q:exp_avg"] = torch.zeros(2)
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"cannot read the checkpoint .*blocks.9.attn1.to_q"):
+        finetune(dataclasses.replace(config, resume=True, stop_after=0))
