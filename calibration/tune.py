@@ -1,7 +1,8 @@
 """Choose the settings of a model's sparse attention by measuring: capture, measure, choose, check.
 
-Which order of the tokens a transformer gets, and which sparsity each of its layers. What was
-measured is kept in a file until all of it is there, so that a run may end at any time.
+Which order of the tokens a transformer gets, which sparsity each of its layers, and what refines
+that (`tuning_refinements.py`). What was measured is kept in a file until all of it is there, so
+that a run may end at any time.
 """
 
 from __future__ import annotations
@@ -35,10 +36,6 @@ from sla_video.pipelines.recipe_routers import RecipeRouters
 if TYPE_CHECKING:
     from sla_video.calibration.tuning_choice import OrderChoice
     from sla_video.pipelines.router_set import RouterSet
-
-# A further choice has to make the error of the velocity this much smaller and may cost this time.
-_CLOSER = 0.99
-_SLOWER = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +139,15 @@ def _tune(run: TuneRun) -> tuple[Recipe, bool]:
     refined: dict[str, Any] = {}
     for refine in REFINEMENTS if complete else ():
         try:
-            found = dataclasses.replace(recipe, configs=refine(run, recipe.configs))
-            if found == recipe:
+            found = dataclasses.replace(recipe, configs=refine.choose(run, recipe))
+            if found == recipe or not steps:
                 continue
             better = measure_steps(run, found)
         except TimeIsUpError:
             complete = False
             break
-        pays = _pays(steps, better)
-        refined[refine.__name__] = {"kept": pays, "without": steps, "with": better}
+        pays = refine.pays(steps, better)
+        refined[refine.name] = {"kept": pays, "without": steps, "with": better}
         if pays:
             recipe, steps = found, better
     if complete:
@@ -163,18 +160,6 @@ def _tune(run: TuneRun) -> tuple[Recipe, bool]:
         **({"device": device_name(run.model.device), "steps": steps} if steps else {}),
     }
     return dataclasses.replace(recipe, measured=measured), complete
-
-
-def _pays(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether a further choice makes steps closer to full attention and hardly slower."""
-    if not before:
-        return False
-
-    def mean(steps: Mapping[str, Any], field: str) -> float:
-        return statistics.fmean(step[field] for step in steps.values())
-
-    closer = mean(after, "velocity_error") < mean(before, "velocity_error") * _CLOSER
-    return closer and mean(after, "seconds") < mean(before, "seconds") * _SLOWER
 
 
 def _measure_all(run: TuneRun) -> None:

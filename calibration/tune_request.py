@@ -45,6 +45,7 @@ class TuneRequest(CaptureRequest):
         token_orders: static orders to try; empty for `TOKEN_ORDERS`, or that of the routers.
         routers: a folder or hub id; None or "none" is the training-free mode.
         key_orders: whether heads may get an order of their keys.
+        compression: whether layers may attend among fewer tokens.
         sparse_dtype: of the recipe, as in `SLAConfig`.
         max_minutes: when to stop with the best so far; None for no end.
 
@@ -60,6 +61,7 @@ class TuneRequest(CaptureRequest):
     token_orders: tuple[str, ...] = ()
     routers: str | None = None
     key_orders: bool = True
+    compression: bool = True
     sparse_dtype: SparseDtype = "bf16"
     max_minutes: float | None = None
     capture_steps: int = 2

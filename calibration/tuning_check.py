@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from sla_video.calibration.tune_request import TunePlan
@@ -10,11 +13,13 @@ from sla_video.calibration.tuning_choice import OrderChoice, quality_at
 from sla_video.calibration.tuning_run import TuneRun
 from sla_video.calibration.tuning_timing import (
     TIMED,
+    Inputs,
     Timed,
+    distance,
     middle_inputs,
     sparsity_for,
-    time_forward,
     time_kept_shares,
+    time_steps,
 )
 from sla_video.config import SLAConfig
 from sla_video.pipelines.errors import InputError
@@ -74,11 +79,11 @@ def mean_for_time(run: TuneRun, base: SLAConfig) -> float:
     """
     progress, pipe = run.deadline.progress, run.model.pipe
     progress.stage("timing", 1 + len(TIMED))
-    inputs = _inputs(run)
+    inputs = inputs_of(run)[0]
     progress.advance()
     seconds = run.request.seconds_per_step
     if run.request.time_ratio is not None:
-        dense = _dense(run, "transformer").seconds
+        dense = dense_steps(run, "transformer").seconds
         seconds = run.request.time_ratio * dense * _forwards(run.plan)
     assert seconds is not None
     timed = time_kept_shares(pipe, inputs, base, progress.advance)
@@ -87,40 +92,61 @@ def mean_for_time(run: TuneRun, base: SLAConfig) -> float:
 
 def measure_steps(run: TuneRun, recipe: Recipe) -> dict[str, Any]:
     """Seconds of a step of each transformer, and the relative L2 error of its velocity."""
-    progress, pipe = run.deadline.progress, run.model.pipe
+    progress = run.deadline.progress
     progress.stage("checking", 2 * len(recipe.configs))
-    inputs = _inputs(run)
     found: dict[str, Any] = {}
-    for component, config in recipe.configs.items():
-        dense = _dense(run, component)
+    for component in recipe.configs:
+        dense = dense_steps(run, component)
         progress.advance()
-        try:
-            # The pipeline counts the steps for which an order of keys is kept.
-            with enable_sla(pipe, recipe=recipe, dense_steps=0):
-                scheduler = pipe.scheduler if config.key_orders else None
-                sparse = time_forward(getattr(pipe, component), inputs, scheduler)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the settings that were chosen cannot be used: {error}") from error
+        with applied(run, recipe):
+            sparse = time_steps(*in_steps(run, component))
         progress.advance()
-        wrong = (sparse.velocity.float() - dense.velocity.float()).norm()
         found[component] = {
             "dense_seconds": _forwards(run.plan) * dense.seconds,
             "seconds": _forwards(run.plan) * sparse.seconds,
-            "velocity_error": float(wrong / dense.velocity.float().norm()),
+            "velocity_error": distance(sparse, dense),
         }
     return found
 
 
-def _inputs(run: TuneRun) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def applied(run: TuneRun, recipe: Recipe) -> Iterator[None]:
+    """The recipe in place from the first step on: what comes before it in a video is dense or full.
+
+    Raises:
+        InputError: it does not fit the model.
+    """
+    configs = {
+        component: config
+        if config.compression is None
+        else config.replace(compression=dataclasses.replace(config.compression, full_steps=1))
+        for component, config in recipe.configs.items()
+    }
+    recipe = dataclasses.replace(recipe, configs=configs)
+    try:
+        with enable_sla(run.model.pipe, recipe=recipe, dense_steps=0):
+            yield
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the settings that were chosen cannot be used: {error}") from error
+
+
+def in_steps(run: TuneRun, component: str) -> tuple[Any, list[Inputs], Any]:
+    """A transformer, the forwards to time it by, and the scheduler that counts them."""
+    pipe = run.model.pipe
+    return getattr(pipe, component), inputs_of(run), pipe.scheduler
+
+
+def inputs_of(run: TuneRun) -> list[Inputs]:
     """Made once: at large sizes it is minutes."""
     if run.inputs is None:
         run.inputs = middle_inputs(run.model.pipe, run.plan.captures, run.request.seed)
     return run.inputs
 
 
-def _dense(run: TuneRun, component: str) -> Timed:
+def dense_steps(run: TuneRun, component: str) -> Timed:
+    """With full attention; measured once."""
     if component not in run.dense:
-        run.dense[component] = time_forward(getattr(run.model.pipe, component), _inputs(run))
+        run.dense[component] = time_steps(*in_steps(run, component))
     return run.dense[component]
 
 

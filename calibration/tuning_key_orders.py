@@ -12,9 +12,10 @@ from sla_video.calibration.key_orders import Measures, choose_kinds, measure_cal
 from sla_video.calibration.tuning_run import TuneRun
 from sla_video.config import SLAConfig
 from sla_video.kernels.key_order_measures import OrderMeasures
+from sla_video.pipelines.recipe import Recipe
 
 
-def key_orders(run: TuneRun, configs: Mapping[str, SLAConfig]) -> dict[str, SLAConfig]:
+def key_orders(run: TuneRun, recipe: Recipe) -> dict[str, SLAConfig]:
     """Kinds for the heads that need clearly fewer key blocks with them, on held-out calls too.
 
     With a single prompt there is nothing to judge by, and keys stay in place.
@@ -22,6 +23,7 @@ def key_orders(run: TuneRun, configs: Mapping[str, SLAConfig]) -> dict[str, SLAC
     Raises:
         TimeIsUpError: some layers are not measured.
     """
+    configs = recipe.configs
     if not run.held_out or not run.request.key_orders:
         return dict(configs)
     # Layer -> its sparsity.

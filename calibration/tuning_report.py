@@ -36,12 +36,25 @@ def summary(recipe: Recipe) -> list[str]:
         if kept := [n for n, r in recipe.measured["refinements"].items() if r["kept"]]:
             line += f"; with {', '.join(kept).replace('_', ' ')}"
         lines.append(line)
+        lines += [
+            f"{component}: {name.replace('_', ' ')} left out, with which {_changes(tried, component)}"
+            for name, tried in recipe.measured["refinements"].items()
+            if not tried["kept"]
+        ]
         if found["mean_sparsity"] == 0:
             lines.append(
                 f"{component}: all layers need full attention for that recall, so nothing is "
                 "gained: ask for less, or for a mean sparsity"
             )
     return lines
+
+
+def _changes(tried: Mapping[str, Any], component: str) -> str:
+    before, after = tried["without"][component], tried["with"][component]
+    return (
+        f"a step takes {after['seconds']:.2f} s instead of {before['seconds']:.2f} and the velocity "
+        f"error is {after['velocity_error']:.3f} instead of {before['velocity_error']:.3f}"
+    )
 
 
 def _orders(component: str, found: Mapping[str, Any]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sla_video.calibration.calibrated_model import CalibratedModel, capture_source
 from sla_video.calibration.deadline import Deadline
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sla_video.calibration.capture import Capture
     from sla_video.calibration.capture_store import CaptureSource, SpillStore
-    from sla_video.calibration.tuning_timing import Timed
+    from sla_video.calibration.tuning_timing import Inputs, Timed
     from sla_video.kernels.router import Router
     from sla_video.pipelines.router_set import RouterSet
 
@@ -31,8 +31,8 @@ class TuneRun:
 
     Attributes:
         routers: that are measured with; None is the training-free mode.
-        inputs: arguments of a forward, once they are known.
-        dense: component -> a forward with full attention, once it has been timed.
+        inputs: arguments of forwards in consecutive steps, once they are known.
+        dense: component -> these with full attention, once they have been timed.
     """
 
     request: TuneRequest
@@ -41,7 +41,7 @@ class TuneRun:
     routers: RouterSet | None
     state: TuningState
     deadline: Deadline
-    inputs: tuple[Any, Any] | None = None
+    inputs: list[Inputs] | None = None
     dense: dict[str, Timed] = field(default_factory=dict)
     _source: CaptureSource | None = None
     _spill: SpillStore | None = None

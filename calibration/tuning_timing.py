@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -19,8 +19,11 @@ from sla_video.pipelines.patching import enable_sla
 # Timed for about so long, after a first run that does not count.
 _SECONDS = 1.0
 _MOST_REPEATS = 5
-# Steps that `SLAConfig.key_order_refresh` spreads the making of an order over, by default.
-_STEPS = 4
+# Steps that are timed together: what is made anew every few steps is made once in them, by default
+# (`SLAConfig.key_order_refresh`, `TokenCompression.refresh_every`).
+WINDOW = 4
+# Steps of the video before them, and after.
+_BEFORE = 2
 # Uniform sparsities whose time says what a kept share costs.
 TIMED = (0.5, 0.8, 0.9, 0.97)
 
@@ -30,25 +33,33 @@ class _Enough(Exception):
 
 
 class Timed(NamedTuple):
-    """Seconds of one forward of a transformer, and its velocity."""
+    """Mean seconds of one forward of a transformer, and its velocities, one for each input."""
 
     seconds: float
-    velocity: Tensor
+    velocities: list[Tensor]
 
 
-def middle_inputs(pipe: Any, plan: CalibrationPlan, seed: int) -> tuple[Any, Any]:
-    """Arguments of a forward halfway between noise and video, for all transformers of `pipe`."""
+# Arguments of a forward.
+Inputs = tuple[Any, Any]
+
+
+def middle_inputs(pipe: Any, plan: CalibrationPlan, seed: int) -> list[Inputs]:
+    """Forwards of consecutive steps halfway between noise and video, for all transformers.
+
+    With guidance those with the prompt. The scheduler of `pipe` keeps the timesteps of that run.
+    """
+    branches = 2 if plan.guidance_scale > 1 else 1
+    first, last = _BEFORE * branches, (_BEFORE + WINDOW - 1) * branches
     seen = 0
-    # With guidance a step has two forwards.
-    wanted = 3 if plan.guidance_scale > 1 else 2
-    inputs: list[tuple[Any, Any]] = []
+    inputs: list[Inputs] = []
 
     def look(_module: Any, args: Any, kwargs: Any) -> None:
         nonlocal seen
-        seen += 1
-        if seen == wanted:
+        if seen >= first and (seen - first) % branches == 0:
             inputs.append((args, kwargs))
+        if seen == last:
             raise _Enough
+        seen += 1
 
     with ExitStack() as stack:
         for name in ("transformer", "transformer_2"):
@@ -62,7 +73,7 @@ def middle_inputs(pipe: Any, plan: CalibrationPlan, seed: int) -> tuple[Any, Any
                     num_frames=plan.frames,
                     height=plan.height,
                     width=plan.width,
-                    num_inference_steps=2,
+                    num_inference_steps=2 * _BEFORE + WINDOW,
                     guidance_scale=plan.guidance_scale,
                     max_sequence_length=plan.max_sequence_length,
                     generator=torch.Generator("cpu").manual_seed(seed),
@@ -70,50 +81,76 @@ def middle_inputs(pipe: Any, plan: CalibrationPlan, seed: int) -> tuple[Any, Any
                 )
         except _Enough:
             pass
-    return inputs[0]
+    return inputs
 
 
 @torch.no_grad()
-def time_forward(transformer: Any, inputs: tuple[Any, Any], scheduler: Any = None) -> Timed:
-    """The median of a few runs; with a scheduler the mean over as many steps of it."""
-    args, kwargs = inputs
-    at_step = None if scheduler is None else scheduler.step_index
-
-    def forward(step: int) -> Tensor:
-        if scheduler is not None:
-            scheduler._step_index = step
-        output = transformer(*args, **{**kwargs, "return_dict": False})[0]
-        if output.device.type == "cuda":
-            torch.cuda.synchronize(output.device)
-        found: Tensor = output
-        return found
-
+def time_forward(transformer: Any, inputs: Inputs) -> float:
+    """The median seconds of a few runs."""
     seconds: list[float] = []
+    _forward(transformer, inputs)
+    while len(seconds) < _MOST_REPEATS and sum(seconds) < _SECONDS:
+        start = time.perf_counter()
+        _forward(transformer, inputs)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+@torch.no_grad()
+def time_steps(transformer: Any, inputs: Sequence[Inputs], scheduler: Any) -> Timed:
+    """Consecutive steps of a video, as the scheduler counts them.
+
+    What is kept from step to step is made and used as in a video.
+    """
+    counts = hasattr(scheduler, "step_index")
+    at_step = scheduler.step_index if counts else None
+
+    def run(step: int) -> tuple[float, Tensor]:
+        if counts:
+            scheduler._step_index = step
+        start = time.perf_counter()
+        velocity = _forward(transformer, inputs[step])
+        return time.perf_counter() - start, velocity.float()
+
     try:
-        velocity = forward(0)
-        while len(seconds) < (_STEPS if scheduler is not None else _MOST_REPEATS):
-            start = time.perf_counter()
-            forward(len(seconds) + 1)
-            seconds.append(time.perf_counter() - start)
-            if scheduler is None and sum(seconds) >= _SECONDS:
-                break
+        # The first step of a video and one after it, which do not count.
+        for step in range(2):
+            run(step)
+        seconds, velocities = zip(*map(run, range(len(inputs))), strict=True)
     finally:
-        if scheduler is not None:
+        if counts:
             scheduler._step_index = at_step
-    # What is made anew every few steps is in the mean of these.
-    middle = np.median if scheduler is None else np.mean
-    return Timed(float(middle(seconds)), velocity)
+    return Timed(float(np.mean(seconds)), list(velocities))
+
+
+def distance(timed: Timed, dense: Timed) -> float:
+    """Relative L2 distance of the velocities of all steps."""
+    found, wanted = torch.stack(timed.velocities), torch.stack(dense.velocities)
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def _forward(transformer: Any, inputs: Inputs) -> Tensor:
+    args, kwargs = inputs
+    output: Tensor = transformer(*args, **{**kwargs, "return_dict": False})[0]
+    wait_for(output.device)
+    return output
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def time_kept_shares(
-    pipe: Any, inputs: tuple[Any, Any], config: SLAConfig, on_step: Callable[[], None]
+    pipe: Any, inputs: Inputs, config: SLAConfig, on_step: Callable[[], None]
 ) -> dict[float, float]:
     """Sparsity -> seconds of a forward of the first transformer with all layers alike."""
     found = {}
     for sparsity in TIMED:
         settings = config.replace(sparsity=sparsity, layer_sparsity={}, dense_steps=0)
         with enable_sla(pipe.transformer, config=settings):
-            found[sparsity] = time_forward(pipe.transformer, inputs).seconds
+            found[sparsity] = time_forward(pipe.transformer, inputs)
         on_step()
     return found
 

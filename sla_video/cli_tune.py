@@ -70,6 +70,10 @@ def tune(
         bool,
         typer.Option(help="Also try an order of the keys for each head; needs two prompts."),
     ] = True,
+    compression: Annotated[
+        bool,
+        typer.Option(help="Also try attention among fewer tokens in most steps, by layer."),
+    ] = True,
     sparse_dtype: Annotated[
         str, typer.Option(help="Number format of the recipe: bf16, int8, int8_fp8 or int8_int8.")
     ] = "bf16",
@@ -136,6 +140,7 @@ def tune(
         token_orders=tuple(token_order or ()),
         routers=routers,
         key_orders=key_orders,
+        compression=compression,
         max_minutes=max_minutes,
         prompts=given_prompts(prompt, prompts),
         model=model,

@@ -12,7 +12,7 @@ from cli_tools import Outcome, assert_refused, call, files_below
 
 from sla_video import SLAConfig, enable_sla, load_recipe, save_routers
 from sla_video.calibration import tune as tuning
-from sla_video.calibration import tuning_key_orders, tuning_measures
+from sla_video.calibration import tuning_key_orders, tuning_measures, tuning_refinements
 from sla_video.calibration.capture import Capture
 from sla_video.calibration.deadline import TimeIsUpError
 from sla_video.calibration.key_orders import LayerChoice
@@ -176,7 +176,8 @@ def test_key_orders_are_kept_where_they_pay(
         return len(judged) == 1
 
     monkeypatch.setattr(tuning_key_orders, "choose_kinds", choose)
-    monkeypatch.setattr(tuning, "_pays", pays)
+    (first, *_) = tuning_refinements.REFINEMENTS
+    monkeypatch.setattr(tuning_refinements, "REFINEMENTS", (first._replace(pays=pays),))
     for kept in (True, False):
         outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6", "--overwrite")
         assert outcome.code == 0, outcome.err
@@ -192,12 +193,24 @@ def test_key_orders_are_kept_where_they_pay(
 
 
 @pytest.mark.parametrize(
-    ("error", "seconds", "wanted"), [(0.9, 1.05, True), (0.995, 1, False), (0.5, 1.2, False)]
+    ("error", "seconds", "closer", "faster"),
+    [
+        (0.9, 1.05, True, False),
+        (0.995, 1.0, False, False),
+        (0.5, 1.2, False, False),
+        (1.05, 0.9, False, True),
+        (1.2, 0.5, False, False),
+        (0.9, 0.9, True, True),
+    ],
 )
-def test_what_pays(error: float, seconds: float, wanted: bool) -> None:
+def test_what_pays(error: float, seconds: float, closer: bool, faster: bool) -> None:
     before = {"transformer": {"velocity_error": 1.0, "seconds": 1.0}}
     after = {"transformer": {"velocity_error": error, "seconds": seconds}}
-    assert tuning._pays(before, after) is wanted and not tuning._pays({}, after)
+    assert tuning_refinements.is_closer(before, after) is closer
+    assert tuning_refinements.is_faster(before, after) is faster
+    # Nothing is as near to full attention as full attention.
+    dense = {"transformer": {"velocity_error": 0.0, "seconds": 1.0}}
+    assert not tuning_refinements.is_faster(dense, after)
 
 
 def test_two_transformers_and_a_time(here: Path) -> None:
@@ -242,7 +255,8 @@ def test_the_time_is_up_and_the_rest_is_measured_later(
     changed = tune(tiny_pipeline_dir, "--target-recall", "0.7", "--seed", "1")
     assert_refused(changed, STATE, "other settings: seed 0 against 1 here", "--overwrite")
     # Another goal is chosen from the same measurements.
-    outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6", "--no-key-orders")
+    off = ("--no-key-orders", "--no-compression")
+    outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6", *off)
     assert outcome.code == 0, outcome.err
     assert len(measured) == len(set(measured)) == 6
     assert "3 measurements were there from an earlier run" in outcome.err
