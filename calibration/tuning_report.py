@@ -37,7 +37,7 @@ def summary(recipe: Recipe) -> list[str]:
             line += f"; with {', '.join(kept).replace('_', ' ')}"
         lines.append(line)
         lines += [
-            f"{component}: {name.replace('_', ' ')} left out, with which {_changes(tried, component)}"
+            f"{component}: {name.replace('_', ' ')} left out: {_changes(tried, component)}"
             for name, tried in recipe.measured["refinements"].items()
             if not tried["kept"]
         ]
@@ -52,8 +52,8 @@ def summary(recipe: Recipe) -> list[str]:
 def _changes(tried: Mapping[str, Any], component: str) -> str:
     before, after = tried["without"][component], tried["with"][component]
     return (
-        f"a step takes {after['seconds']:.2f} s instead of {before['seconds']:.2f} and the velocity "
-        f"error is {after['velocity_error']:.3f} instead of {before['velocity_error']:.3f}"
+        f"with it a step takes {after['seconds']:.2f} s instead of {before['seconds']:.2f}, "
+        f"velocity error {after['velocity_error']:.3f} instead of {before['velocity_error']:.3f}"
     )
 
 

@@ -113,7 +113,7 @@ def test_it_is_left_out_where_it_does_not_pay(
     recipe = load_recipe("recipe.json")
     assert recipe.configs["transformer"].compression is None
     assert recipe.measured["refinements"]["compression"]["kept"] is False
-    assert "transformer: compression left out, with which a step takes " in outcome.err
+    assert "transformer: compression left out: with it a step takes " in outcome.err
     # Where no layer gains, steps are not timed for it.
     monkeypatch.setattr(tuning_compression, "_FASTER", 0.1)
     outcome = tune(tiny_pipeline_dir, "--mean-sparsity", "0.6", "--overwrite")
