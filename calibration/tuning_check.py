@@ -83,7 +83,7 @@ def mean_for_time(run: TuneRun, base: SLAConfig) -> float:
     progress.advance()
     seconds = run.request.seconds_per_step
     if run.request.time_ratio is not None:
-        dense = dense_steps(run, "transformer").seconds
+        dense = time_dense(run, "transformer").seconds
         seconds = run.request.time_ratio * dense * _forwards(run.plan)
     assert seconds is not None
     timed = time_kept_shares(pipe, inputs, base, progress.advance)
@@ -96,7 +96,7 @@ def measure_steps(run: TuneRun, recipe: Recipe) -> dict[str, Any]:
     progress.stage("checking", 2 * len(recipe.configs))
     found: dict[str, Any] = {}
     for component in recipe.configs:
-        dense = dense_steps(run, component)
+        dense = time_dense(run, component)
         progress.advance()
         with applied(run, recipe):
             sparse = time_steps(*in_steps(run, component))
@@ -143,7 +143,7 @@ def inputs_of(run: TuneRun) -> list[Inputs]:
     return run.inputs
 
 
-def dense_steps(run: TuneRun, component: str) -> Timed:
+def time_dense(run: TuneRun, component: str) -> Timed:
     """With full attention; measured once."""
     if component not in run.dense:
         run.dense[component] = time_steps(*in_steps(run, component))

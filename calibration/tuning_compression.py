@@ -22,7 +22,7 @@ from torch import nn
 
 from sla_video.calibration.tuning_check import applied, in_steps
 from sla_video.calibration.tuning_run import TuneRun
-from sla_video.calibration.tuning_timing import time_steps, wait_for
+from sla_video.calibration.tuning_timing import forward, time_steps, wait_for
 from sla_video.config import SLAConfig
 from sla_video.config_compression import TokenCompression
 from sla_video.pipelines.environment import device_name
@@ -140,13 +140,13 @@ def _timing(transformer: nn.Module, names: list[str]) -> Iterator[dict[str, list
 @torch.no_grad()
 def _drifts(run: TuneRun, component: str, names: list[str]) -> dict[str, float]:
     """With full attention, in the first of the steps."""
-    transformer, inputs, scheduler = in_steps(run, component)
+    transformer, inputs, _ = in_steps(run, component)
     meter = DriftMeter(names)
     with ExitStack() as stack:
         for handle in meter.install(transformer):
             stack.callback(handle.remove)
         meter.begin()
-        time_steps(transformer, inputs[:2], scheduler)
+        forward(transformer, inputs[0])
         meter.end()
     drifts = meter.read()
     assert drifts is not None, "all blocks have run"

@@ -88,10 +88,10 @@ def middle_inputs(pipe: Any, plan: CalibrationPlan, seed: int) -> list[Inputs]:
 def time_forward(transformer: Any, inputs: Inputs) -> float:
     """The median seconds of a few runs."""
     seconds: list[float] = []
-    _forward(transformer, inputs)
+    forward(transformer, inputs)
     while len(seconds) < _MOST_REPEATS and sum(seconds) < _SECONDS:
         start = time.perf_counter()
-        _forward(transformer, inputs)
+        forward(transformer, inputs)
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds))
 
@@ -109,7 +109,7 @@ def time_steps(transformer: Any, inputs: Sequence[Inputs], scheduler: Any) -> Ti
         if counts:
             scheduler._step_index = step
         start = time.perf_counter()
-        velocity = _forward(transformer, inputs[step])
+        velocity = forward(transformer, inputs[step])
         return time.perf_counter() - start, velocity.float()
 
     try:
@@ -129,7 +129,8 @@ def distance(timed: Timed, dense: Timed) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def _forward(transformer: Any, inputs: Inputs) -> Tensor:
+def forward(transformer: Any, inputs: Inputs) -> Tensor:
+    """The velocity, once the device has it."""
     args, kwargs = inputs
     output: Tensor = transformer(*args, **{**kwargs, "return_dict": False})[0]
     wait_for(output.device)
